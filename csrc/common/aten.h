@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensors and the vendor's convolution through torch's stable C ABI: nothing here depends on a particular torch build.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace fused_inpaint {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+// True where the bytes lie as (N, H, W, C); the stride of an extent of one says nothing.
+inline bool is_channels_last(const Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const std::array<int64_t, 4> expected{h * w * c, 1, w * c, c};
+  for (int d = 0; d < 4; ++d)
+    if (t.size(d) > 1 && t.stride(d) != expected[d]) return false;
+  return true;
+}
+
+inline Tensor empty_channels_last(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& like) {
+  return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+}
+
+inline Tensor empty(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& like) {
+  return torch::stable::empty(size, dtype, std::nullopt, like.device());
+}
+
+inline Tensor clone_channels_last(const Tensor& t) {
+  Tensor out = empty_channels_last({t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), t);
+  torch::stable::copy_(out, t);
+  return out;
+}
+
+inline Tensor channels_last(const Tensor& t) { return is_channels_last(t) ? t : clone_channels_last(t); }
+
+inline Tensor zeros_like_size(const std::vector<int64_t>& size, const Tensor& like) {
+  Tensor out = empty_channels_last(size, like.scalar_type(), like);
+  torch::stable::zero_(out);
+  return out;
+}
+
+struct ConvGeometry {
+  Ints stride, padding, dilation;
+  int64_t groups;
+};
+
+inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  using torch::stable::detail::from;
+  const std::optional<Tensor> no_bias;
+  std::array<StableIValue, 9> stack{from(x),          from(weight), from(no_bias),   from(g.stride), from(g.padding),
+                                    from(g.dilation), from(false),  from(Ints{0, 0}), from(g.groups)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return channels_last(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+// (grad_x, grad_weight); the one not asked for is left undefined.
+inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> aten_convolution_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool need_x, bool need_weight) {
+  using torch::stable::detail::from;
+  const std::optional<Ints> no_bias_sizes;
+  const bool wanted[3] = {need_x, need_weight, false};
+  std::array<StableIValue, 11> stack{from(grad),
+                                     from(x),
+                                     from(weight),
+                                     from(no_bias_sizes),
+                                     from(g.stride),
+                                     from(g.padding),
+                                     from(g.dilation),
+                                     from(false),
+                                     from(Ints{0, 0}),
+                                     from(g.groups),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  // The handles of outputs that were not computed wrap undefined tensors: take ownership, then drop them.
+  Tensor grad_x = torch::stable::detail::to<Tensor>(stack[0]);
+  Tensor grad_weight = torch::stable::detail::to<Tensor>(stack[1]);
+  Tensor grad_bias = torch::stable::detail::to<Tensor>(stack[2]);
+  std::tuple<std::optional<Tensor>, std::optional<Tensor>> out;
+  if (need_x) std::get<0>(out) = channels_last(grad_x);
+  if (need_weight) std::get<1>(out) = channels_last(grad_weight);
+  return out;
+}
+
+}  // namespace fused_inpaint

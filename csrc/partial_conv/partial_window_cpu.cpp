@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Masks: checked and packed into planes of bytes, and summed over the kernel's windows.
+#include <algorithm>
+
+#include "common/dispatch.h"
+#include "partial_conv/partial_conv.h"
+
+namespace fused_inpaint {
+namespace {
+
+// The first value that is neither 0 nor 1, or nothing.
+template <typename T>
+std::optional<double> pack(const T* mask, uint8_t* plane, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = load(mask[i]);
+    plane[i] = v != 0;
+    if (v != 0 && v != 1) return static_cast<double>(v);
+  }
+  return std::nullopt;
+}
+
+std::optional<double> pack(const uint8_t* mask, uint8_t* plane, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    plane[i] = mask[i];
+    if (mask[i] > 1) return mask[i];
+  }
+  return std::nullopt;
+}
+
+// sum[p] += weight * (number of valid channels of the mask at p), the mask being upsampled by `up`.
+void add_plane(const Tensor& mask, int64_t batch, int64_t weight, int64_t up, int32_t* sum, int64_t height, int64_t width) {
+  const int64_t channels = mask.size(1), h = mask.size(2), w = mask.size(3);
+  const uint8_t* m = data<uint8_t>(mask) + (mask.size(0) == 1 ? 0 : batch * channels * h * w);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t y = 0; y < height; ++y) {
+      const uint8_t* row = m + (c * h + y / up) * w;
+      int32_t* out = sum + y * width;
+      if (up == 1)
+        for (int64_t x = 0; x < width; ++x) out[x] += static_cast<int32_t>(weight) * row[x];
+      else
+        for (int64_t x = 0; x < width; ++x) out[x] += static_cast<int32_t>(weight) * row[x / 2];
+    }
+}
+
+// One axis of a box sum: out[i] = sum over taps t of in[i * stride - padding + t * dilation], zero outside.
+struct Axis {
+  int64_t size, out, taps, stride, padding, dilation;
+};
+
+void sum_rows(const int32_t* in, int32_t* out, const Axis& a) {
+  for (int64_t i = 0; i < a.out; ++i) {
+    int32_t sum = 0;
+    for (int64_t t = 0; t < a.taps; ++t) {
+      const int64_t x = i * a.stride - a.padding + t * a.dilation;
+      if (x >= 0 && x < a.size) sum += in[x];
+    }
+    out[i] = sum;
+  }
+}
+
+// `in` has a.size rows of `width`, `out` has a.out.
+FUSED_INPAINT_CLONES void sum_columns(const int32_t* in, int32_t* out, const Axis& a, int64_t width) {
+  for (int64_t i = 0; i < a.out; ++i) {
+    int32_t* row = out + i * width;
+    std::fill(row, row + width, 0);
+    for (int64_t t = 0; t < a.taps; ++t) {
+      const int64_t y = i * a.stride - a.padding + t * a.dilation;
+      if (y < 0 || y >= a.size) continue;
+      for (int64_t x = 0; x < width; ++x) row[x] += in[y * width + x];
+    }
+  }
+}
+
+}  // namespace
+
+Tensor mask_plane_cpu(Tensor mask, std::string op) {
+  const Tensor dense = torch::stable::contiguous(mask);
+  Tensor plane = empty({mask.size(0), mask.size(1), mask.size(2), mask.size(3)}, ScalarType::Byte, mask);
+  uint8_t* out = mutable_data<uint8_t>(plane);
+  std::optional<double> odd;
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+      odd = pack(data<uint8_t>(dense), out, dense.numel());
+      break;
+    default:
+      dispatch_float(op.c_str(), mask.scalar_type(), [&]<typename T>() { odd = pack(data<T>(dense), out, dense.numel()); });
+  }
+  STD_TORCH_CHECK(!odd, op, ": mask must be 0 or 1 everywhere, got ", *odd);
+  return plane;
+}
+
+std::tuple<Tensor, Tensor> partial_window_cpu(std::vector<Tensor> masks, Ints channels, Ints upsample, Ints kernel,
+                                              Ints stride, Ints padding, Ints dilation) {
+  int64_t batch = 1;
+  for (const Tensor& m : masks) batch = std::max(batch, m.size(0) == 0 ? 0 : m.size(0));
+  for (const Tensor& m : masks)
+    if (m.size(0) == 0) batch = 0;
+  const int64_t h = masks[0].size(2) * upsample[0], w = masks[0].size(3) * upsample[0];
+  auto axis = [&](int d, int64_t size) {
+    const int64_t reach = dilation[d] * (kernel[d] - 1) + 1;
+    const int64_t out = (size + 2 * padding[d] - reach) / stride[d] + 1;
+    return Axis{size, out, kernel[d], stride[d], padding[d], dilation[d]};
+  };
+  const Axis rows = axis(0, h), cols = axis(1, w);
+  Tensor count = empty({batch, 1, rows.out, cols.out}, ScalarType::Int, masks[0]);
+  Tensor new_mask = empty({batch, 1, rows.out, cols.out}, ScalarType::Byte, masks[0]);
+  int32_t* counts = mutable_data<int32_t>(count);
+  uint8_t* valid = mutable_data<uint8_t>(new_mask);
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> sum(h * w), narrow(h * cols.out);
+    for (int64_t n = begin; n < end; ++n) {
+      std::fill(sum.begin(), sum.end(), 0);
+      for (size_t i = 0; i < masks.size(); ++i)
+        add_plane(masks[i], n, channels[i] / masks[i].size(1), upsample[i], sum.data(), h, w);
+      for (int64_t y = 0; y < h; ++y) sum_rows(sum.data() + y * w, narrow.data() + y * cols.out, cols);
+      int32_t* out = counts + n * rows.out * cols.out;
+      sum_columns(narrow.data(), out, rows, cols.out);
+      for (int64_t i = 0; i < rows.out * cols.out; ++i) valid[n * rows.out * cols.out + i] = out[i] > 0;
+    }
+  });
+  return {count, new_mask};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, CPU, m) {
+  m.impl("mask_plane", TORCH_BOX(&mask_plane_cpu));
+  m.impl("partial_window", TORCH_BOX(&partial_window_cpu));
+}
+
+}  // namespace fused_inpaint

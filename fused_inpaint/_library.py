@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator namespace `torch.ops.fused_inpaint`: schemas live in Python, kernels in csrc/ or beside the op."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+library = torch.library.Library("fused_inpaint", "DEF")
+
+
+def define(
+    schema: str,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Define one operator: its schema, the shapes of its outputs, and its derivative if it has one."""
+    name = "fused_inpaint::" + schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(name, fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemas, output shapes and derivatives of the partial convolution's operators (kernels: csrc/partial_conv)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._library import define
+from . import reference
+
+_GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups"
+_EPILOGUE = "str activation, float slope, bool fold"
+
+ops = torch.ops.fused_inpaint
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _channels_last(like: Tensor, size: Sequence[Any]) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _mask_plane_fake(mask: Tensor, op: str) -> Tensor:
+    return torch.empty(mask.shape, dtype=torch.uint8, device=mask.device)
+
+
+def _window_fake(masks, channels, upsample, kernel_size, stride, padding, dilation):  # type: ignore[no-untyped-def]
+    batch = 1
+    for m in masks:
+        batch = m.size(0) if isinstance(batch, int) and batch == 1 else batch
+    height, width = (
+        output_size(masks[0].size(2 + d) * upsample[0], kernel_size[d], stride[d], padding[d], dilation[d]) for d in (0, 1)
+    )
+    count = masks[0].new_empty((batch, 1, height, width), dtype=torch.int32)
+    return count, torch.empty_like(count, dtype=torch.uint8)
+
+
+def _output_fake(sources: Sequence[Tensor], count: Tensor, weight: Tensor) -> Tensor:
+    return _channels_last(sources[0], (sources[0].size(0), weight.size(0), count.size(2), count.size(3)))
+
+
+def _conv_fake(sources, masks, count, weight, *_):  # type: ignore[no-untyped-def]
+    return _output_fake(sources, count, weight)
+
+
+def _gradients_fake(sources, weight, need_sources, need_weight):  # type: ignore[no-untyped-def]
+    return (
+        [_channels_last(s, s.shape) if need_sources else s.new_empty(0) for s in sources],
+        _channels_last(weight, weight.shape) if need_weight else weight.new_empty(0),
+    )
+
+
+def _statistic(like: Tensor, n: Any) -> Tensor:
+    return like.new_empty(n, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _conv_backward_fake(grad, y, sources, masks, count, weight, *rest):  # type: ignore[no-untyped-def]
+    need_sources, need_weight, need_bias = rest[-3:]
+    grad_bias = _statistic(y, weight.size(0)) if need_bias else y.new_empty(0)
+    return *_gradients_fake(sources, weight, need_sources, need_weight), grad_bias
+
+
+def _bn_fake(sources, masks, count, weight, *_):  # type: ignore[no-untyped-def]
+    y = _output_fake(sources, count, weight)
+    return y, torch.empty_like(y), _statistic(y, weight.size(0)), _statistic(y, weight.size(0))
+
+
+def _bn_backward_fake(grad, conv, mean, var, sources, masks, count, weight, norm_weight, norm_bias, *rest):  # type: ignore[no-untyped-def]
+    gradients = _gradients_fake(sources, weight, *rest[-2:])
+    return *gradients, torch.empty_like(norm_weight), torch.empty_like(norm_bias)
+
+
+def _wants_graph() -> bool:
+    # Only create_graph=True runs a backward with grad mode on in eager mode; tracing a compiled backward does so too,
+    # but differentiates it no further.
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _reference_gradients(output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """Differentiable gradients by the reference: second derivatives are autograd's own."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _save(ctx: Any, sources: Sequence[Tensor], masks: Sequence[Tensor], *tensors: Tensor | None) -> None:
+    ctx.n = len(sources)
+    ctx.save_for_backward(*sources, *masks, *tensors)
+
+
+def _saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], Sequence[Any]]:
+    t, n = ctx.saved_tensors, ctx.n
+    return list(t[:n]), list(t[n : 2 * n]), t[2 * n :]
+
+
+def _conv_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    sources, masks, count, weight, bias, scale, *geometry = inputs
+    activation = geometry[5]
+    # Without an activation the output says nothing that its gradient does not.
+    _save(ctx, sources, masks, count, weight, bias, scale, None if activation == "none" else output)
+    ctx.geometry = geometry[:-1]
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    sources, masks, (count, weight, bias, scale, output) = _saved(ctx)
+    _, _, need_count, need_weight, need_bias, need_scale = ctx.needs_input_grad[:6]
+    need_sources = any(s.requires_grad for s in sources)
+    if need_scale:
+        raise RuntimeError("partial_conv2d: scale must not require a gradient here; multiply the weight by it instead")
+    grad_sources: Any
+    if _wants_graph():
+        with torch.enable_grad():
+            y = reference.partial_conv2d(sources, masks, count, weight, bias, scale, *ctx.geometry[:-1])
+            *grad_sources, grad_weight, grad_bias = _reference_gradients(y, [*sources, weight, bias], grad)
+    else:
+        grad_sources, grad_weight, grad_bias = ops.partial_conv2d_backward(
+            grad,
+            grad if output is None else output,
+            sources,
+            masks,
+            count,
+            weight,
+            scale,
+            *ctx.geometry,
+            need_sources,
+            need_weight,
+            need_bias,
+        )
+        if bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+    return (
+        grad_sources if need_sources else [None] * len(sources),
+        [None] * len(masks),
+        None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+        *[None] * (len(ctx.geometry) + 1),
+        [],
+    )
+
+
+def _bn_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    sources, masks, count, weight, norm_weight, norm_bias, *rest = inputs
+    _, conv, mean, var = output
+    ctx.mark_non_differentiable(conv, mean, var)
+    ctx.set_materialize_grads(False)
+    _save(ctx, sources, masks, count, weight, norm_weight, norm_bias, conv, mean, var)
+    ctx.rest = rest
+
+
+def _bn_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    sources, masks, (count, weight, norm_weight, norm_bias, conv, mean, var) = _saved(ctx)
+    _, _, _, need_weight, need_gain, need_shift = ctx.needs_input_grad[:6]
+    need_sources = any(s.requires_grad for s in sources)
+    none = ([None] * len(sources), [None] * len(masks), None, None, None, None, *[None] * len(ctx.rest))
+    if grad is None:
+        return none
+    grad_sources: Any
+    if _wants_graph():
+        with torch.enable_grad():
+            y, _, _ = reference.partial_conv2d_bn(sources, masks, count, weight, norm_weight, norm_bias, *ctx.rest[:-1])
+            inputs = [*sources, weight, norm_weight, norm_bias]
+            *grad_sources, grad_weight, grad_gain, grad_shift = _reference_gradients(y, inputs, grad)
+    else:
+        grad_sources, grad_weight, grad_gain, grad_shift = ops.partial_conv2d_bn_backward(
+            grad,
+            conv,
+            mean,
+            var,
+            sources,
+            masks,
+            count,
+            weight,
+            norm_weight,
+            norm_bias,
+            *ctx.rest,
+            need_sources,
+            need_weight,
+        )
+    return (
+        grad_sources if need_sources else none[0],
+        none[1],
+        None,
+        grad_weight if need_weight else None,
+        grad_gain if need_gain else None,
+        grad_shift if need_shift else None,
+        *[None] * len(ctx.rest),
+    )
+
+
+define("mask_plane(Tensor mask, str op) -> Tensor", _mask_plane_fake)
+define(
+    "partial_window(Tensor[] masks, int[] channels, int[] upsample, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] dilation) -> (Tensor, Tensor)",
+    _window_fake,
+)
+define(
+    "partial_conv2d(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor? bias, Tensor? scale, "
+    f"{_GEOMETRY}, {_EPILOGUE}, Tensor[] packed) -> Tensor",
+    _conv_fake,
+    _conv_backward,
+    _conv_setup,
+)
+define(
+    "partial_conv2d_backward(Tensor grad, Tensor y, Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, "
+    f"Tensor? scale, {_GEOMETRY}, {_EPILOGUE}, bool need_sources, bool need_weight, bool need_bias) "
+    "-> (Tensor[], Tensor, Tensor)",
+    _conv_backward_fake,
+)
+define(
+    "partial_conv2d_bn(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor norm_weight, "
+    f"Tensor norm_bias, float eps, {_GEOMETRY}, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bn_fake,
+    _bn_backward,
+    _bn_setup,
+)
+define(
+    "partial_conv2d_bn_backward(Tensor grad, Tensor conv, Tensor mean, Tensor var, Tensor[] sources, Tensor[] masks, "
+    f"Tensor count, Tensor weight, Tensor norm_weight, Tensor norm_bias, float eps, {_GEOMETRY}, {_EPILOGUE}, "
+    "bool need_sources, bool need_weight) -> (Tensor[], Tensor, Tensor, Tensor)",
+    _bn_backward_fake,
+)

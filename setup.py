@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the shared library fused_inpaint/_C against the torch that is already installed.
+
+Environment: FUSED_INPAINT_BUILD   auto (default), cpu, cuda or none
+             CXX                   the C++ compiler; else c++, g++ or clang++ from PATH
+             TORCH_CUDA_ARCH_LIST  GPU architectures; else "8.0;9.0+PTX"
+             MAX_JOBS              parallel compilations
+"""
+
+import json
+import os
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+
+import setuptools
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+CHOICES = ("auto", "cpu", "cuda", "none")
+MIN_SETUPTOOLS = 77
+MIN_TORCH = (2, 10)
+TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"
+FACTS_FILE = "_build.json"
+COMPILING = {"dist_info", "build", "build_py", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+WITHOUT = "FUSED_INPAINT_BUILD=none installs without the compiled extension"
+
+
+def stop(message):
+    raise SystemExit(f"fused_inpaint: {message}")
+
+
+def find_torch():
+    """The torch of the environment being installed into, seen from pip's isolated build environment too; None if absent."""
+    if find_spec("torch") is None:
+        roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+        if sys.prefix == sys.base_prefix:
+            roots.append(site.getusersitepackages())
+        # addsitedir appends, so the isolated setuptools and ninja stay first, and follows .pth files as Python itself does.
+        for root in dict.fromkeys(roots):
+            site.addsitedir(root)
+    if find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch
+
+
+def find_compiler():
+    """The C++ compiler as a command line, or None."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named if shutil.which(named[0]) else None
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def decide(choice, torch, compiler):
+    """What to build: (kind, why it is not more)."""
+    if choice == "none":
+        return "none", "FUSED_INPAINT_BUILD=none was set"
+    if torch is None:
+        stop(f"install torch first, then run this command again; {WITHOUT}")
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MIN_TORCH:
+        stop(f"torch must be {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer, got {torch.__version__}; upgrade it first; {WITHOUT}")
+
+    blocked = ""
+    if not sys.platform.startswith("linux"):
+        blocked = f"the extension is compiled on Linux only, and this is {sys.platform}"
+    elif compiler is None:
+        wanted = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++ or clang++"
+        blocked = f"no C++ compiler was found ({wanted} is not on PATH)"
+    if blocked:
+        if choice != "auto":
+            stop(f"FUSED_INPAINT_BUILD={choice} cannot be done: {blocked}; {WITHOUT}")
+        return "none", blocked
+
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    no_cuda = ""
+    if torch.version.cuda is None:
+        no_cuda = f"torch {torch.__version__} is built without CUDA"
+    elif CUDA_HOME is None:
+        no_cuda = "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)"
+    elif not glob("csrc/*/*_cuda.cu"):
+        no_cuda = "there are no csrc/*/*_cuda.cu sources"
+    if choice == "cuda" and no_cuda:
+        stop(f"FUSED_INPAINT_BUILD=cuda cannot be done: {no_cuda}")
+    if choice == "cpu":
+        return "cpu", "FUSED_INPAINT_BUILD=cpu was set"
+    return ("cpu", no_cuda) if no_cuda else ("cuda", "")
+
+
+def make_extension(kind):
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    sources = sorted(["csrc/module.cpp", *glob("csrc/*/*_cpu.cpp"), *(glob("csrc/*/*_cuda.cu") if kind == "cuda" else [])])
+    cxx = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", TORCH_TARGET]
+    flags = {"cxx": cxx}
+    if kind == "cuda":
+        # Fixed rather than read from the GPU in sight: a container that builds without one must give the same library.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        cxx += ["-DUSE_CUDA", "-DFUSED_INPAINT_CUDA"]
+        flags["nvcc"] = ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", TORCH_TARGET]
+    extension = (CUDAExtension if kind == "cuda" else CppExtension)(
+        "fused_inpaint._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
+        extra_compile_args=flags,
+        # CPython's free-threaded builds have no limited API.
+        py_limited_api=not sysconfig.get_config_var("Py_GIL_DISABLED"),
+    )
+    # --as-needed records only the libraries the stable ABI really uses. libstdc++ stands first because torch's libraries export
+    # some of its symbols too, and must not be what ours bind to.
+    libraries = [f"-l{name}" for name in ("stdc++", *extension.libraries) if name != "torch_python"]
+    extension.extra_link_args = ["-fopenmp", "-Wl,--as-needed", *libraries]
+    extension.libraries = []
+    return extension, flags
+
+
+def with_facts(command, writes):
+    """`command`, leaving _build.json beside the library: what was built, or why nothing was."""
+
+    class WithFacts(command):
+        def facts_files(self):
+            folders = [Path(self.build_lib) / "fused_inpaint"]
+            if getattr(self, "inplace", False) or getattr(self, "editable_mode", False):
+                folders.append(ROOT / "fused_inpaint")
+            return [folder / FACTS_FILE for folder in folders]
+
+        def run(self):
+            if not writes:
+                return super().run()
+            # A failed rebuild must not leave the old facts to vouch for the old library.
+            for path in self.facts_files():
+                path.unlink(missing_ok=True)
+            try:
+                super().run()
+            except Exception as error:
+                if not self.distribution.ext_modules:
+                    raise
+                stop(f"compiling the extension failed, see the compiler's output above ({error}); {WITHOUT}")
+            if self.distribution.ext_modules:
+                FACTS["library"] = Path(self.get_ext_filename("fused_inpaint._C")).name
+            for path in self.facts_files():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(FACTS, indent=2) + "\n")
+
+        def get_outputs(self, *args, **kwargs):
+            outputs = super().get_outputs(*args, **kwargs)
+            return [*outputs, str(self.facts_files()[0])] if writes else outputs
+
+    return WithFacts
+
+
+choice = os.environ.get("FUSED_INPAINT_BUILD") or "auto"
+if choice not in CHOICES:
+    stop(f"FUSED_INPAINT_BUILD must be auto, cpu, cuda or none, got {choice!r}")
+if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+    stop(f"setuptools must be {MIN_SETUPTOOLS} or newer, got {setuptools.__version__}; pip install -U setuptools ninja")
+
+FACTS = {"kind": "none", "requested": choice, "reason": "", "torch": None, "cuda": None, "compiler": None, "flags": {}, "library": None}
+arguments = {"cmdclass": {"build_py": with_facts(build_py, True), "build_ext": with_facts(build_ext, True)}}
+
+# Listing requirements and packing an sdist compile nothing and must work where torch is not installed. dist_info compiles
+# nothing either, but there pip has yet to download the dependencies: the place to ask for torch.
+if COMPILING & set(sys.argv):
+    torch = None if choice == "none" else find_torch()
+    compiler = find_compiler()
+    FACTS["kind"], FACTS["reason"] = decide(choice, torch, compiler)
+    if FACTS["kind"] != "none":
+        from torch.utils.cpp_extension import BuildExtension
+
+        os.environ["CXX"] = shlex.join(compiler)
+        extension, flags = make_extension(FACTS["kind"])
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        FACTS["compiler"] = version.splitlines()[0]
+        FACTS["flags"] = {language: shlex.join(words) for language, words in flags.items()}
+        FACTS["torch"] = str(torch.__version__)
+        if FACTS["kind"] == "cuda":
+            FACTS["cuda"] = torch.version.cuda
+            FACTS["arch_list"] = os.environ["TORCH_CUDA_ARCH_LIST"]
+        arguments["ext_modules"] = [extension]
+        arguments["cmdclass"] = {"build_py": with_facts(build_py, False), "build_ext": with_facts(BuildExtension, True)}
+        if extension.py_limited_api:
+            arguments["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    for key, value in FACTS.items():
+        if value:
+            print(f"fused_inpaint: {key} = {value}", flush=True)
+
+setuptools.setup(**arguments)
