@@ -339,7 +339,8 @@ def _plane(op: str, mask: Tensor) -> Tensor:
     try:
         return ops.mask_plane(mask, op)  # type: ignore[no-any-return]
     except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        sentence = str(error).splitlines()[0]
+        raise ValueError(sentence[max(sentence.find(f"{op}: "), 0) :]) from None
 
 
 def _check(

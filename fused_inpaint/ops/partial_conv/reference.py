@@ -34,11 +34,10 @@ def partial_window(
         for m, c, up in zip(masks, channels, upsample, strict=True)
     )
     assert isinstance(valid, Tensor)
-    # float32 counts exactly up to 2^24; MPS, which has no float64, is the reason for not always using float64.
-    exact = torch.float32 if sum(channels) * kernel_size[0] * kernel_size[1] < 2**24 else torch.float64
+    # float64 counts exactly on every device that has it; MPS has not, and its float32 does up to 2^24.
+    exact = torch.float32 if valid.device.type == "mps" else torch.float64
     ones = torch.ones(1, 1, *kernel_size, dtype=exact, device=valid.device)
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        count = F.conv2d(valid.to(exact), ones, None, tuple(stride), tuple(padding), tuple(dilation))
+    count = F.conv2d(valid.to(exact), ones, None, tuple(stride), tuple(padding), tuple(dilation))
     count = count.round().to(torch.int32)
     return count, (count > 0).to(torch.uint8)
 

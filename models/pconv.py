@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partial-convolution U-Net (Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", ECCV 2018).
+
+Table 2 of the paper, 8 levels, 512 x 512:
+
+    layer      kernel  stride  channels  norm, activation        layer       kernel  input               channels
+    PConv1     7       2       64        ReLU                    PConv9-12   3       up x2 + skip        512
+    PConv2     5       2       128       BN, ReLU                PConv13     3       up x2 + PConv3      256
+    PConv3     5       2       256       BN, ReLU                PConv14     3       up x2 + PConv2      128
+    PConv4-8   3       2       512       BN, ReLU                PConv15     3       up x2 + PConv1      64
+                                                                 PConv16     3       up x2 + image       3
+    PConv9-15: BN, LeakyReLU(0.2); PConv16: neither.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_inpaint.nn import PartialConv2d, PartialUpConv2d
+from fused_inpaint.ops import BatchNorm, Window, partial_conv2d, partial_window
+
+from .base import IMAGENET_MEAN, IMAGENET_STD, InpaintingModel, Prediction, padding_to_multiple
+
+_SLOPE = 0.2
+
+
+class _Block(nn.Module):
+    """Partial convolution, batch norm where there is one, activation: one op."""
+
+    def __init__(self, conv: PartialConv2d | PartialUpConv2d, norm: bool, activation: str) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = nn.BatchNorm2d(conv.out_channels) if norm else None
+        self.activation = activation
+
+    def forward(self, x: Tensor | list[Tensor], window: Window) -> Tensor:
+        return self.conv.block(x, window, self.activation, _SLOPE, self._batch_norm())  # type: ignore[arg-type]
+
+    def _batch_norm(self) -> BatchNorm | None:
+        norm = self.norm
+        if norm is None:
+            return None
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        momentum = 0.1 if norm.momentum is None else norm.momentum
+        return BatchNorm(
+            norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum, norm.eps
+        )
+
+
+class Masks(NamedTuple):
+    """The windows of all layers: a function of the input mask alone, computed once."""
+
+    encoder: tuple[Window, ...]
+    decoder: tuple[Window, ...]
+
+    @property
+    def out(self) -> Tensor:
+        """(N or 1, 1, H, W) uint8: where the output is defined."""
+        return self.decoder[-1].mask
+
+
+class PConvUNet(nn.Module):
+    """The bare network: `net(x, mask)` -> (out, out_mask), in its own range, sides a multiple of 2**levels.
+
+    Args:
+        levels: encoder (and decoder) layers; Table 2 has 8, the common PyTorch port 5 to 7.
+        channels: of image and output. width: channels of the first layer, doubled up to 8 times.
+        upsampling: "nearest" (the paper) or "bilinear" (of the features; masks stay nearest).
+
+    x (N, C, H, W), mask (N or 1, 1 or C, H, W) with 1 = valid; out (N, C, H, W), out_mask (N, C, H, W) in mask's dtype.
+    """
+
+    def __init__(self, levels: int = 8, channels: int = 3, width: int = 64, upsampling: str = "nearest") -> None:
+        super().__init__()
+        if levels < 1:
+            raise ValueError(f"pconv: levels must be 1 or more, got {levels}")
+        if upsampling not in ("nearest", "bilinear"):
+            raise ValueError(f"pconv: upsampling must be nearest or bilinear, got {upsampling}")
+        self.levels, self.channels, self.upsampling = levels, channels, upsampling
+        sizes = [channels, *(width * min(2**i, 8) for i in range(levels))]
+        kernels = [(7, 5, 5)[i] if i < 3 else 3 for i in range(levels)]
+        self.encoder = nn.ModuleList(
+            _Block(
+                PartialConv2d(sizes[i], sizes[i + 1], kernels[i], stride=2, padding=kernels[i] // 2, bias=False),
+                norm=i > 0,
+                activation="relu",
+            )
+            for i in range(levels)
+        )
+        self.decoder = nn.ModuleList(
+            _Block(
+                PartialUpConv2d(sizes[i + 1], sizes[i], sizes[i] if i else channels, bias=i == 0),
+                norm=i > 0,
+                activation="leaky_relu" if i else "none",
+            )
+            for i in reversed(range(levels))
+        )
+        for module in self.modules():
+            if isinstance(module, PartialConv2d | PartialUpConv2d):
+                nn.init.kaiming_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def masks(self, mask: Tensor) -> Masks:
+        """The whole mask chain for an input mask; hand it to several calls of `forward` that share the mask."""
+        encoder: list[Window] = []
+        for block in self.encoder:
+            encoder.append(block.conv.window(encoder[-1].mask if encoder else mask))  # type: ignore[union-attr, operator]
+        current, decoder = encoder[-1].mask, []
+        for block, below in zip(self.decoder, reversed(encoder), strict=True):
+            decoder.append(self._decoder_window(block.conv, current, below.planes[0]))  # type: ignore[arg-type]
+            current = decoder[-1].mask
+        return Masks(tuple(encoder), tuple(decoder))
+
+    def _decoder_window(self, conv: PartialUpConv2d, mask: Tensor, skip_mask: Tensor) -> Window:
+        if self.upsampling == "nearest":
+            return conv.window(mask, skip_mask)
+        mask = mask.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        channels = [conv.up_channels, conv.skip_channels]
+        return partial_window([mask, skip_mask], channels, conv.kernel_size, padding=conv.kernel_size // 2)
+
+    def forward(self, x: Tensor, mask: Tensor, masks: Masks | None = None) -> tuple[Tensor, Tensor]:
+        side = 2**self.levels
+        if x.size(2) % side or x.size(3) % side:
+            raise ValueError(f"pconv: x must have sides that are multiples of {side}, got {tuple(x.shape)}")
+        masks = self.masks(mask) if masks is None else masks
+        features = [x]
+        for block, window in zip(self.encoder, masks.encoder, strict=True):
+            features.append(block(features[-1], window))
+        h = features.pop()
+        for block, window in zip(self.decoder, masks.decoder, strict=True):
+            h = self._decode(block, h, features.pop(), window)  # type: ignore[arg-type]
+        out_mask = masks.out.to(mask.dtype).expand(h.size(0), self.channels, -1, -1)
+        return h, out_mask
+
+    def _decode(self, block: _Block, h: Tensor, skip: Tensor, window: Window) -> Tensor:
+        if self.upsampling == "nearest":
+            return block([h, skip], window)  # type: ignore[no-any-return]
+        h = F.interpolate(h, scale_factor=2.0, mode="bilinear")
+        conv = block.conv
+        return partial_conv2d(
+            [h, skip],
+            None,
+            conv.weight,
+            conv.bias,
+            padding=conv.kernel_size[0] // 2 if isinstance(conv.kernel_size, tuple) else conv.kernel_size // 2,
+            activation=block.activation,
+            slope=_SLOPE,
+            batch_norm=block._batch_norm(),
+            window=window,
+        )[0]
+
+    def freeze_encoder_bn(self, frozen: bool = True) -> None:
+        """Fine-tuning as in the paper: the encoder's batch norm uses its running statistics, and neither they nor its
+        weights change any more; stays in force over later calls of `train()`. `frozen=False` takes it back."""
+        self._encoder_bn_frozen = frozen
+        for block in self.encoder:
+            if block.norm is not None:
+                block.norm.requires_grad_(not frozen)  # type: ignore[operator]
+        self.train(self.training)
+
+    _encoder_bn_frozen = False
+
+    def train(self, mode: bool = True) -> "PConvUNet":
+        super().train(mode)
+        if self._encoder_bn_frozen:
+            for block in self.encoder:
+                if block.norm is not None:
+                    block.norm.eval()  # type: ignore[operator]
+        return self
+
+
+class PConv(InpaintingModel):
+    """`PConvUNet` under the library's convention; the network sees images normalised by ImageNet's mean and deviation.
+
+    An image of any size is padded with hole to a multiple of 2**levels and the result cropped back: exact, since a
+    partial convolution does not read holes. Predictions leave training unclamped, for the losses, and are clamped to
+    [0, 1] in eval mode.
+
+    >>> import torch, fused_inpaint
+    >>> model = fused_inpaint.models.build_model("pconv", levels=4, width=8).eval()
+    >>> out = model(torch.rand(1, 3, 97, 131), torch.ones(1, 1, 97, 131))
+    >>> tuple(out.image.shape), tuple(out.mask.shape)
+    ((1, 3, 97, 131), (1, 1, 97, 131))
+    """
+
+    key = "pconv"
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, levels: int = 8, channels: int = 3, width: int = 64, upsampling: str = "nearest") -> None:
+        super().__init__()
+        self.net: PConvUNet = PConvUNet(levels, channels, width, upsampling)
+        self.multiple = 2**levels
+        known = channels == 3
+        self.register_buffer("mean", _row(IMAGENET_MEAN if known else (0.5,) * channels), persistent=False)
+        self.register_buffer("std", _row(IMAGENET_STD if known else (0.25,) * channels), persistent=False)
+
+    def freeze_encoder_bn(self, frozen: bool = True) -> None:
+        """See `PConvUNet.freeze_encoder_bn`."""
+        self.net.freeze_encoder_bn(frozen)
+
+    def _predict(self, image: Tensor, mask: Tensor) -> Prediction:
+        height, width = image.shape[2:]
+        top, bottom = padding_to_multiple(height, self.multiple)
+        left, right = padding_to_multiple(width, self.multiple)
+        x = (image - self.mean.to(image.dtype)) / self.std.to(image.dtype)
+        around = (left, right, top, bottom)
+        if any(around):
+            x, mask = F.pad(x, around), F.pad(mask, around)
+        masks = self.net.masks(mask)
+        out, _ = self.net(x, mask, masks)
+        window = (slice(None), slice(None), slice(top, top + height), slice(left, left + width))
+        out = out[window] * self.std.to(out.dtype) + self.mean.to(out.dtype)
+        return Prediction(out if self.training else out.clamp(0, 1), masks.out[window])
+
+
+def _row(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(1, -1, 1, 1)
