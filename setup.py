@@ -38,12 +38,12 @@ def stop(message):
 
 
 def find_torch():
-    """The torch of the environment being installed into, seen from pip's isolated build environment too; None if absent."""
+    """The torch of the environment being installed into, from inside pip's isolated build too; None if absent."""
     if find_spec("torch") is None:
         roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
         if sys.prefix == sys.base_prefix:
             roots.append(site.getusersitepackages())
-        # addsitedir appends, so the isolated setuptools and ninja stay first, and follows .pth files as Python itself does.
+        # addsitedir appends, so the isolated setuptools and ninja stay first, and follows .pth files as Python does.
         for root in dict.fromkeys(roots):
             site.addsitedir(root)
     if find_spec("torch") is None:
@@ -68,7 +68,8 @@ def decide(choice, torch, compiler):
     if torch is None:
         stop(f"install torch first, then run this command again; {WITHOUT}")
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MIN_TORCH:
-        stop(f"torch must be {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer, got {torch.__version__}; upgrade it first; {WITHOUT}")
+        wanted = ".".join(map(str, MIN_TORCH))
+        stop(f"torch must be {wanted} or newer, got {torch.__version__}; upgrade it first; {WITHOUT}")
 
     blocked = ""
     if not sys.platform.startswith("linux"):
@@ -100,13 +101,14 @@ def decide(choice, torch, compiler):
 def make_extension(kind):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = sorted(["csrc/module.cpp", *glob("csrc/*/*_cpu.cpp"), *(glob("csrc/*/*_cuda.cu") if kind == "cuda" else [])])
-    cxx = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", TORCH_TARGET]
+    sources = ["csrc/module.cpp", *sorted(glob("csrc/*/*_cpu.cpp"))]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", TORCH_TARGET]
     flags = {"cxx": cxx}
     if kind == "cuda":
         # Fixed rather than read from the GPU in sight: a container that builds without one must give the same library.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         cxx += ["-DUSE_CUDA", "-DFUSED_INPAINT_CUDA"]
+        sources += sorted(glob("csrc/*/*_cuda.cu"))
         flags["nvcc"] = ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", TORCH_TARGET]
     extension = (CUDAExtension if kind == "cuda" else CppExtension)(
         "fused_inpaint._C",
@@ -117,8 +119,8 @@ def make_extension(kind):
         # CPython's free-threaded builds have no limited API.
         py_limited_api=not sysconfig.get_config_var("Py_GIL_DISABLED"),
     )
-    # --as-needed records only the libraries the stable ABI really uses. libstdc++ stands first because torch's libraries export
-    # some of its symbols too, and must not be what ours bind to.
+    # --as-needed records only the libraries the stable ABI really uses. libstdc++ comes first because torch's libraries
+    # export some of its symbols as well, and ours must not bind to those.
     libraries = [f"-l{name}" for name in ("stdc++", *extension.libraries) if name != "torch_python"]
     extension.extra_link_args = ["-fopenmp", "-Wl,--as-needed", *libraries]
     extension.libraries = []
@@ -164,13 +166,14 @@ choice = os.environ.get("FUSED_INPAINT_BUILD") or "auto"
 if choice not in CHOICES:
     stop(f"FUSED_INPAINT_BUILD must be auto, cpu, cuda or none, got {choice!r}")
 if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
-    stop(f"setuptools must be {MIN_SETUPTOOLS} or newer, got {setuptools.__version__}; pip install -U setuptools ninja")
+    actual = setuptools.__version__
+    stop(f"setuptools must be {MIN_SETUPTOOLS} or newer, got {actual}; pip install -U setuptools ninja")
 
-FACTS = {"kind": "none", "requested": choice, "reason": "", "torch": None, "cuda": None, "compiler": None, "flags": {}, "library": None}
+FACTS = {"kind": "none", "requested": choice, "reason": "", "library": None, "torch": None, "cuda": None}
 arguments = {"cmdclass": {"build_py": with_facts(build_py, True), "build_ext": with_facts(build_ext, True)}}
 
-# Listing requirements and packing an sdist compile nothing and must work where torch is not installed. dist_info compiles
-# nothing either, but there pip has yet to download the dependencies: the place to ask for torch.
+# Listing requirements and packing an sdist compile nothing and must work where torch is not installed. dist_info is
+# among the others because pip runs it before it downloads the dependencies, which is the time to ask for torch.
 if COMPILING & set(sys.argv):
     torch = None if choice == "none" else find_torch()
     compiler = find_compiler()

@@ -3,7 +3,8 @@
 //
 // fused_inpaint/_extension.py loads the library with ctypes and reads the exported function, so Python.h is optional:
 // a Debian python3 without python3-dev has none, and a free-threaded Python has no limited API to compile against.
-// With Python.h at hand the library is also an importable module, fused_inpaint._C, whose `facts` is the same JSON text.
+// With Python.h at hand the library is also an importable module, fused_inpaint._C, whose `facts` is the same JSON
+// text.
 
 #if defined(Py_LIMITED_API) && __has_include(<Python.h>)
 #define FUSED_INPAINT_PYTHON_MODULE
@@ -36,8 +37,14 @@ extern "C" __attribute__((visibility("default"))) const char* fused_inpaint_buil
 
 #ifdef FUSED_INPAINT_PYTHON_MODULE
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Build facts of fused_inpaint's kernels.", -1,
-                                   nullptr,               nullptr, nullptr,                               nullptr,
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   "_C",
+                                   "Build facts of fused_inpaint's kernels.",
+                                   -1,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
                                    nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module != nullptr && PyModule_AddStringConstant(module, "facts", facts) != 0) {

@@ -6,10 +6,10 @@ from typing import Any
 
 from . import nn, ops
 from ._backends import NoBackendError, use_backend
-from .nn import PartialConv2d, PartialUpConv2d
+from .nn import PartialConv2d, PartialUpConv2d, prepack
 
 __version__ = "0.1.0"
-__all__ = ["NoBackendError", "PartialConv2d", "PartialUpConv2d", "models", "nn", "ops", "use_backend"]
+__all__ = ["NoBackendError", "PartialConv2d", "PartialUpConv2d", "models", "nn", "ops", "prepack", "use_backend"]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,6 +51,7 @@ struct Output {
   double slope;
 
   int64_t pixels() const { return n * h * w; }
+  FUSED_INPAINT_INLINE const int32_t* count_row(int64_t row) const { return count + (count_n == 1 ? row % h : row) * w; }
   template <typename A>
   FUSED_INPAINT_INLINE A ratio(int64_t pixel) const {
     const int32_t valid = count[count_n == 1 ? pixel % (h * w) : pixel];

@@ -16,7 +16,9 @@ using torch::stable::parallel_for;
 template <Activation kind, typename A>
 FUSED_INPAINT_INLINE A activate(A v, A slope) {
   if constexpr (kind == Activation::relu) return v < 0 ? A(0) : v;
-  if constexpr (kind == Activation::leaky_relu) return v < 0 ? v * slope : v;
+  // Both sides are computed, then one is chosen: a select is what the compiler can turn into vectors.
+  const A scaled = v * slope;
+  if constexpr (kind == Activation::leaky_relu) return v < 0 ? scaled : v;
   return v;
 }
 
@@ -54,9 +56,15 @@ std::vector<A> widen(const Tensor& t) {
 // The low-resolution convolution of the folded upsample: (n, h/2 + shift, w/2 + shift, 4, c) in memory.
 struct Phases {
   int64_t h, w, c, shift;
-  FUSED_INPAINT_INLINE int64_t offset(int64_t n, int64_t y, int64_t x) const {
-    const int64_t a = y % 2, b = x % 2;
-    return (((n * h + y / 2 + a * shift) * w + x / 2 + b * shift) * 4 + a * 2 + b) * c;
+  // First element of the pair of phases that output row `row` of all (n * out_h) reads.
+  FUSED_INPAINT_INLINE int64_t row(int64_t row, int64_t out_h) const {
+    const int64_t n = row / out_h, y = row % out_h, a = y % 2;
+    return ((n * h + y / 2 + a * shift) * w * 4 + a * 2) * c;
+  }
+  // From there, the channels of column x.
+  FUSED_INPAINT_INLINE int64_t column(int64_t x) const {
+    const int64_t b = x % 2;
+    return ((x / 2 + b * shift) * 4 + b) * c;
   }
 };
 
@@ -71,32 +79,34 @@ FUSED_INPAINT_INLINE acc_t<T> numerator(const T* y, const T* phases, int64_t c) 
 }
 
 template <typename T, Activation kind, bool from_y, bool from_phases>
-FUSED_INPAINT_CLONES void epilogue_rows(T* y, const T* phases, Phases at, Output out, const acc_t<T>* scale,
-                                        const acc_t<T>* bias, int64_t begin, int64_t end) {
+FUSED_INPAINT_CLONES void epilogue_rows(T* y, const T* phases, Phases at, Output out, const acc_t<T>* __restrict scale,
+                                        const acc_t<T>* __restrict bias, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const A slope = static_cast<A>(out.slope);
-  for (int64_t row = begin; row < end; ++row)
+  for (int64_t row = begin; row < end; ++row) {
+    const int32_t* count = out.count_row(row);
+    const T* f_row = from_phases ? phases + at.row(row, out.h) : nullptr;
     for (int64_t x = 0; x < out.w; ++x) {
-      const int64_t pixel = row * out.w + x;
-      T* o = y + pixel * out.c;
-      const A ratio = out.template ratio<A>(pixel);
-      if (ratio == 0) {
+      T* __restrict o = y + (row * out.w + x) * out.c;
+      if (count[x] == 0) {
         std::memset(o, 0, out.c * sizeof(T));
         continue;
       }
-      const T* f = from_phases ? phases + at.offset(row / out.h, row % out.h, x) : nullptr;
+      const A ratio = static_cast<A>(out.window) / static_cast<A>(count[x]);
+      const T* __restrict f = from_phases ? f_row + at.column(x) : nullptr;
       for (int64_t c = 0; c < out.c; ++c) {
         const A v = numerator<T, from_y, from_phases>(o, f, c) * ratio * scale[c] + bias[c];
         store(o + c, activate<kind>(v, slope));
       }
     }
+  }
 }
 
 // A copy of one finished row of the gradient into the phases that fed it.
 template <typename T>
 FUSED_INPAINT_INLINE void scatter_row(const T* grad_row, T* phases, const Phases& at, const Output& out, int64_t row) {
-  for (int64_t x = 0; x < out.w; ++x)
-    std::memcpy(phases + at.offset(row / out.h, row % out.h, x), grad_row + x * out.c, out.c * sizeof(T));
+  T* to = phases + at.row(row, out.h);
+  for (int64_t x = 0; x < out.w; ++x) std::memcpy(to + at.column(x), grad_row + x * out.c, out.c * sizeof(T));
 }
 
 // Where the phases are shifted, a border row and column of each belongs to no output pixel.
@@ -164,8 +174,7 @@ FUSED_INPAINT_CLONES void moments_block(T* conv, const T* phases, Phases at, Out
     T* v = conv + pixel * out.c;
     const A ratio = out.template ratio<A>(pixel);
     if constexpr (from_phases) {
-      const int64_t row = pixel / out.w;
-      const T* f = phases + at.offset(row / out.h, row % out.h, pixel % out.w);
+      const T* f = phases + at.row(pixel / out.w, out.h) + at.column(pixel % out.w);
       for (int64_t c = 0; c < out.c; ++c) store(v + c, numerator<T, from_y, true>(v, f, c));
     }
     if (ratio == 0) continue;

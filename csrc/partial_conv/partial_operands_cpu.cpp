@@ -12,55 +12,89 @@ namespace {
 using torch::stable::parallel_for;
 constexpr int64_t kGrain = 1 << 14;  // elements below which another thread does not pay
 
-// Calls visit(first channel, channels) for every run of holes of a pixel: all channels at once for a one-plane mask.
-struct MaskView {
+// The holes of a feature map (n, channels, h, w) under its mask, found row by row.
+struct Holes {
   const uint8_t* mask;
-  int64_t n, planes, hw, channels;
-  MaskView(const Tensor& m, int64_t channels)
-      : mask(data<uint8_t>(m)), n(m.size(0)), planes(m.size(1)), hw(m.size(2) * m.size(3)), channels(channels) {}
+  int64_t mask_n, planes, h, w, channels;
+  Holes(const Tensor& m, int64_t channels)
+      : mask(data<uint8_t>(m)), mask_n(m.size(0)), planes(m.size(1)), h(m.size(2)), w(m.size(3)), channels(channels) {}
+
+  // Calls visit(first element, elements) for the holes of a row of pixels, the map being channels last; visit returns
+  // false to stop. A one-plane mask gives all channels of a pixel at once.
   template <typename F>
-  FUSED_INPAINT_INLINE void holes(int64_t pixel, F&& visit) const {
-    const int64_t batch = n == 1 ? 0 : pixel / hw, at = pixel % hw;
-    const uint8_t* m = mask + batch * planes * hw + at;
-    if (planes == 1) {
-      if (!*m) visit(int64_t{0}, channels);
-    } else {
-      for (int64_t c = 0; c < planes; ++c)
-        if (!m[c * hw]) visit(c, int64_t{1});
+  FUSED_INPAINT_INLINE void in_row(int64_t row, F&& visit) const {
+    const int64_t batch = mask_n == 1 ? 0 : row / h, y = row % h;
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      const uint8_t* m = mask + ((batch * planes + plane) * h + y) * w;
+      const int64_t n = planes == 1 ? channels : 1;
+      for (const uint8_t* at = m; (at = static_cast<const uint8_t*>(std::memchr(at, 0, m + w - at))); ++at)
+        if (!visit((row * w + (at - m)) * channels + plane, n)) return;
     }
   }
+  int64_t grain() const { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, w * channels)); }
 };
 
 template <typename T>
-bool any_nonzero(const T* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    if (!(load(x[i]) == 0)) return true;
-  return false;
+FUSED_INPAINT_CLONES bool all_zero(const T* x, int64_t n) {
+  bool nonzero = false;
+  for (int64_t i = 0; i < n; ++i) nonzero |= !(load(x[i]) == 0);
+  return !nonzero;
 }
 
 int64_t grain(int64_t channels) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)); }
 
 template <typename T>
-bool holes_are_zero(const T* x, const MaskView& view, int64_t pixels) {
+bool holes_are_zero(const T* x, const Holes& holes, int64_t rows) {
   std::atomic<bool> clean{true};
-  parallel_for(0, pixels, grain(view.channels), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end && clean.load(std::memory_order_relaxed); ++p)
-      view.holes(p, [&](int64_t first, int64_t n) {
-        if (any_nonzero(x + p * view.channels + first, n)) clean.store(false, std::memory_order_relaxed);
+  parallel_for(0, rows, holes.grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end && clean.load(std::memory_order_relaxed); ++row)
+      holes.in_row(row, [&](int64_t first, int64_t n) {
+        if (all_zero(x + first, n)) return true;
+        clean.store(false, std::memory_order_relaxed);
+        return false;
       });
   });
   return clean;
 }
 
+// Each tap of the folded kernel is a sum of the kernel's own taps; at most four, one where the phases part.
+template <typename T>
+FUSED_INPAINT_CLONES void fold_outputs(const T* weight, T* folded, Fold fold, int64_t outputs, int64_t total, int64_t first,
+                                       int64_t channels, int64_t begin, int64_t end) {
+  const int64_t k = fold.kernel, taps = fold.taps;
+  for (int64_t o = begin; o < end; ++o)
+    for (int64_t phase = 0; phase < 4; ++phase)
+      for (int64_t s = 0; s < taps; ++s)
+        for (int64_t t = 0; t < taps; ++t) {
+          const T* parts[4] = {};
+          int64_t n = 0;
+          for (int64_t u = 0; u < k; ++u)
+            for (int64_t v = 0; v < k; ++v)
+              if (fold.tap(phase / 2, u) == s && fold.tap(phase % 2, v) == t)
+                parts[n++] = weight + ((o * k + u) * k + v) * total + first;
+          T* __restrict to = folded + (((phase * outputs + o) * taps + s) * taps + t) * channels;
+          const T *a = parts[0], *b = parts[n > 1 ? 1 : 0], *c = parts[n > 2 ? 2 : 0], *d = parts[n > 2 ? 3 : 0];
+          if (n == 1)
+            std::memcpy(to, a, channels * sizeof(T));
+          else if (n == 2)
+            for (int64_t i = 0; i < channels; ++i) store(to + i, load(a[i]) + load(b[i]));
+          else
+            for (int64_t i = 0; i < channels; ++i) store(to + i, (load(a[i]) + load(b[i])) + (load(c[i]) + load(d[i])));
+        }
+}
+
 }  // namespace
 
 void zero_holes(Tensor& x, const Tensor& mask) {
-  const MaskView view(mask, x.size(1));
-  const int64_t pixels = x.size(0) * x.size(2) * x.size(3), item = static_cast<int64_t>(x.element_size());
+  const Holes holes(mask, x.size(1));
+  const int64_t item = static_cast<int64_t>(x.element_size());
   char* bytes = mutable_data<char>(x);
-  parallel_for(0, pixels, grain(view.channels), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      view.holes(p, [&](int64_t first, int64_t n) { std::memset(bytes + (p * view.channels + first) * item, 0, n * item); });
+  parallel_for(0, x.size(0) * x.size(2), holes.grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      holes.in_row(row, [&](int64_t first, int64_t n) {
+        std::memset(bytes + first * item, 0, n * item);
+        return true;
+      });
   });
 }
 
@@ -70,7 +104,7 @@ Tensor select_valid(const Tensor& x, const Tensor& mask) {
   if (is_channels_last(x)) {
     bool clean = false;
     dispatch_float("partial_conv2d", x.scalar_type(), [&]<typename T>() {
-      clean = holes_are_zero(data<T>(x), MaskView(mask, x.size(1)), x.size(0) * x.size(2) * x.size(3));
+      clean = holes_are_zero(data<T>(x), Holes(mask, x.size(1)), x.size(0) * x.size(2));
     });
     if (clean) return x;
   }
@@ -142,33 +176,14 @@ Tensor slice_weight(const Tensor& weight, int64_t first, int64_t channels) {
 
 // (O, C, k, k) -> (4 O, channels, taps, taps), phase-major. Sums run in the accumulator type and are rounded once.
 Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels) {
-  const Fold fold(weight.size(2));
-  const int64_t outputs = weight.size(0), k = fold.kernel, taps = fold.taps;
+  const int64_t outputs = weight.size(0), taps = Fold(weight.size(2)).taps;
   Tensor out = empty_channels_last({4 * outputs, channels, taps, taps}, weight.scalar_type(), weight);
-  const int64_t so = weight.stride(0), sc = weight.stride(1), su = weight.stride(2), sv = weight.stride(3);
+  const Tensor rows = channels_last(weight);
   dispatch_float("partial_conv2d", weight.scalar_type(), [&]<typename T>() {
-    using A = acc_t<T>;
-    const T* from = data<T>(weight) + first * sc;
+    const T* from = data<T>(rows);
     T* to = mutable_data<T>(out);
     parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
-      std::vector<A> sum(4 * taps * taps * channels), row(channels);
-      for (int64_t o = begin; o < end; ++o) {
-        std::fill(sum.begin(), sum.end(), A(0));
-        for (int64_t u = 0; u < k; ++u)
-          for (int64_t v = 0; v < k; ++v) {
-            const T* w = from + o * so + u * su + v * sv;
-            for (int64_t c = 0; c < channels; ++c) row[c] = load(w[c * sc]);
-            for (int64_t phase = 0; phase < 4; ++phase) {
-              A* s = sum.data() + ((phase * taps + fold.tap(phase / 2, u)) * taps + fold.tap(phase % 2, v)) * channels;
-              for (int64_t c = 0; c < channels; ++c) s[c] += row[c];
-            }
-          }
-        for (int64_t phase = 0; phase < 4; ++phase) {
-          T* f = to + (phase * outputs + o) * taps * taps * channels;
-          const A* s = sum.data() + phase * taps * taps * channels;
-          for (int64_t i = 0; i < taps * taps * channels; ++i) store(f + i, s[i]);
-        }
-      }
+      fold_outputs(from, to, Fold(weight.size(2)), outputs, weight.size(1), first, channels, begin, end);
     });
   });
   return out;

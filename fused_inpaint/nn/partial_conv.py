@@ -7,7 +7,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import BatchNorm, Window, partial_conv2d, partial_upconv2d, partial_window
+from ..ops import BatchNorm, Window, partial_conv2d, partial_window
+from ..ops.partial_conv.packing import PackedWeight, pack
+
+
+class _Prepacked:
+    """A layer's packed weights, for as long as its weight stays as it was."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[int, ...], PackedWeight | None] = {}
+        self._stamp: tuple[Any, ...] = ()
+
+    def get(self, weight: Tensor, sizes: list[torch.Size], *geometry: Any) -> PackedWeight | None:
+        stamp = (weight.data_ptr(), weight._version, weight.dtype)
+        if stamp != self._stamp:
+            self._entries.clear()
+            self._stamp = stamp
+        size = tuple(sizes[0])
+        if size not in self._entries:
+            # Other sizes work with the same layout; they are told apart because the best form depends on them.
+            self._entries[size] = pack(weight, sizes, *geometry)
+        return self._entries[size]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_entries": {}, "_stamp": ()}
+
+
+def prepack(module: nn.Module, enabled: bool = True) -> nn.Module:
+    """Prepare a module's partial convolutions for inference on the CPU, and return it.
+
+    From then on a layer in eval mode and without gradients folds its weight and lays it out for oneDNN at its first call
+    of a size, and keeps the result beside the weight (about twice the memory for it): deep layers run up to twice as fast.
+    Training is not affected, and weights that change (optimizer, `load_state_dict`, `.to`) are packed anew; only a
+    write through `weight.data` goes unnoticed, and needs a new `prepack`. `enabled=False` takes it back. Compiled and
+    exported graphs do not use packed weights.
+
+    >>> import torch, fused_inpaint
+    >>> layer = fused_inpaint.prepack(fused_inpaint.PartialConv2d(3, 8, 3).eval())
+    >>> with torch.no_grad():
+    ...     tuple(layer(torch.rand(1, 3, 8, 8)).shape)
+    (1, 8, 6, 6)
+    """
+    for layer in module.modules():
+        if isinstance(layer, PartialConv2d | PartialUpConv2d):
+            layer._prepacked = _Prepacked() if enabled else None
+    return module
+
+
+def _packed(layer: "PartialConv2d | PartialUpConv2d", sources: Sequence[Tensor], *geometry: Any) -> PackedWeight | None:
+    if layer._prepacked is None or layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return layer._prepacked.get(layer.weight, [s.shape for s in sources], *geometry)
 
 
 class PartialConv2d(nn.Conv2d):
@@ -51,20 +101,17 @@ class PartialConv2d(nn.Conv2d):
         self.multi_channel = multi_channel
         self.return_mask = return_mask
 
+    _prepacked: _Prepacked | None = None
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
-        assert not isinstance(self.padding, str)
-        y, new_mask = partial_conv2d(
-            x,
-            mask,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            multi_channel=self.multi_channel,
-        )
+        y, new_mask = self._convolve(x, mask, multi_channel=self.multi_channel)
         return (y, new_mask) if self.return_mask else y
+
+    def _convolve(self, x: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        assert not isinstance(self.padding, str)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        packed = _packed(self, [x], [1], *geometry)
+        return partial_conv2d(x, mask, self.weight, self.bias, *geometry, packed=packed, **options)
 
     def window(self, mask: Tensor) -> Window:
         """This layer's window counts and new mask for an input mask (see `fused_inpaint.ops.partial_window`)."""
@@ -73,21 +120,7 @@ class PartialConv2d(nn.Conv2d):
 
     def block(self, x: Tensor, window: Window, activation: str, slope: float, norm: BatchNorm | None) -> Tensor:
         """Convolution, norm and activation in one call, for masks whose window is known."""
-        assert not isinstance(self.padding, str)
-        return partial_conv2d(
-            x,
-            None,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            activation=activation,
-            slope=slope,
-            batch_norm=norm,
-            window=window,
-        )[0]
+        return self._convolve(x, None, activation=activation, slope=slope, batch_norm=norm, window=window)[0]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, multi_channel={self.multi_channel}, return_mask={self.return_mask}"
@@ -136,8 +169,17 @@ class PartialUpConv2d(nn.Module):
             bound = self.weight[0].numel() ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
 
+    _prepacked: _Prepacked | None = None
+
     def forward(self, x: Tensor, mask: Tensor, skip: Tensor, skip_mask: Tensor) -> tuple[Tensor, Tensor]:
-        return partial_upconv2d(x, mask, skip, skip_mask, self.weight, self.bias)
+        return self._convolve([x, skip], [mask, skip_mask])
+
+    def _convolve(self, x: Sequence[Tensor], mask: Sequence[Tensor] | None, **options: Any) -> tuple[Tensor, Tensor]:
+        around = (self.kernel_size // 2, self.kernel_size // 2)
+        packed = _packed(self, x, [2, 1], (1, 1), around, (1, 1), 1)
+        return partial_conv2d(
+            x, mask, self.weight, self.bias, padding=around, upsample=(2, 1), packed=packed, **options
+        )
 
     def window(self, mask: Tensor, skip_mask: Tensor) -> Window:
         """This layer's window counts and new mask for its input masks (see `fused_inpaint.ops.partial_window`)."""
@@ -153,18 +195,7 @@ class PartialUpConv2d(nn.Module):
         self, x: Sequence[Tensor], window: Window, activation: str, slope: float, norm: BatchNorm | None
     ) -> Tensor:
         """Convolution, norm and activation of (x, skip) in one call, for masks whose window is known."""
-        return partial_conv2d(
-            x,
-            None,
-            self.weight,
-            self.bias,
-            padding=self.kernel_size // 2,
-            upsample=(2, 1),
-            activation=activation,
-            slope=slope,
-            batch_norm=norm,
-            window=window,
-        )[0]
+        return self._convolve(x, None, activation=activation, slope=slope, batch_norm=norm, window=window)[0]
 
     def extra_repr(self) -> str:
         return (

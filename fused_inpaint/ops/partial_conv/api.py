@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import _backends
 from . import reference, routes
+from .packing import PackedWeight
 from .schema import ops, output_size
 
 Pair = int | Sequence[int]
@@ -55,6 +56,7 @@ def partial_conv2d(
     batch_norm: BatchNorm | None = None,
     window: Window | None = None,
     fold: bool | None = None,
+    packed: PackedWeight | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Partial convolution (Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", eq. 1 and 2).
 
@@ -80,6 +82,7 @@ def partial_conv2d(
         batch_norm: normalisation before the activation; statistics include the holes (as 0). Replaces the bias.
         window: the result of `partial_window` for these masks, to save summing them again.
         fold: do an upsampling inside the kernel (exact, less work) or not; None lets a measured table decide.
+        packed: the same weight made ready by `fused_inpaint.prepack`, for inference on the CPU.
 
     Returns:
         y (N, O, H', W') in x's dtype, channels_last, and the new mask (N or 1, 1 or O, H', W') in the mask's dtype (x's
@@ -112,10 +115,13 @@ def partial_conv2d(
     sources = [s.to(inner) for s in sources]
     geometry = (ups, list(stride), list(padding), list(dilation), groups)
     planes = list(window.planes)
-    if fold is None or 2 not in ups:
-        # (a convolution without an upsampled source has nothing to fold)
+    if packed is not None and (backend != "cpu" or inner != packed.weights[0].dtype):
+        packed = None
+    if packed is not None:
+        fold = packed.fold
+    elif fold is None or 2 not in ups:
         fold = 2 in ups and routes.fold(sources[0].size(0) * sources[0].size(2) * sources[0].size(3), "plain")
-    y = _convolve(backend, sources, planes, window.count, weight.to(inner), bias, geometry, activation, slope, batch_norm, fold)
+    y = _convolve(backend, sources, planes, window.count, weight.to(inner), bias, geometry, activation, slope, batch_norm, fold, packed)
     new_mask = window.mask.to(dtype if given is None else given[0].dtype)
     if multi_channel:
         new_mask = new_mask.expand(-1, weight.size(0), -1, -1)
@@ -219,6 +225,7 @@ def _convolve(
     slope: float,
     norm: BatchNorm | None,
     fold: bool,
+    packed: PackedWeight | None,
 ) -> Tensor:
     scale = None
     if norm is not None and norm.training:
@@ -236,7 +243,7 @@ def _convolve(
                 sources, planes, count, weight, bias, scale, *geometry, activation, slope
             )
         y: Tensor = ops.partial_conv2d(
-            sources, planes, count, weight, bias, scale, *geometry, activation, slope, fold, []
+            sources, planes, count, weight, bias, scale, *geometry, activation, slope, fold, list(packed.weights) if packed else []
         )
         return y
 
