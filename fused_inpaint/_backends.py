@@ -18,7 +18,7 @@ class NoBackendError(RuntimeError):
     """The backend that was asked for cannot run this call."""
 
 
-class use_backend:  # noqa: N801 - reads as a function, like torch.no_grad
+class use_backend:
     """Select the implementation of every op: `"auto"`, `"reference"`, `"cpu"`, `"cuda"` or `"triton"`.
 
     Takes effect at once; as a context manager it puts the former choice back. A backend asked for by name never falls

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the compiled library, once, and remembers why when it cannot.
 
-Loading it registers its kernels with torch.ops. The library is built on torch's stable ABI, so it serves every torch from
-`MIN_TORCH` on whatever torch it was compiled with; the versions are compared only to explain a failure.
+Loading it registers its kernels with torch.ops. The library is built on torch's stable ABI, so it serves every torch
+from `MIN_TORCH` on, whichever it was compiled with; other versions are named only to explain a failure.
 """
 
 import ctypes
@@ -52,26 +52,22 @@ def _attempt() -> tuple[str | None, dict[str, Any]]:
     """(error or None, facts compiled into the library)."""
     recorded = _recorded()
     if recorded["kind"] == "none":
-        return f"fused_inpaint: no compiled extension: {recorded['reason']}; to build it, in the checkout: {REBUILD}", {}
+        return (
+            f"fused_inpaint: no compiled extension: {recorded['reason']}; to build it, in the checkout: {REBUILD}",
+            {},
+        )
 
     built, running = recorded["torch"], str(torch.__version__)
     if _release(running) < MIN_TORCH:
         wanted = ".".join(map(str, MIN_TORCH))
-        return (
-            f"fused_inpaint: torch must be {wanted} or newer for the extension (built with torch {built}), got {running}; "
-            f"upgrade torch, then rebuild in the checkout: {REBUILD}",
-            {},
-        )
+        error = f"torch must be {wanted} or newer for the extension, built with torch {built}, got {running}"
+        return f"fused_inpaint: {error}; upgrade torch, then rebuild in the checkout: {REBUILD}", {}
     try:
         library = ctypes.CDLL(str(_PACKAGE / recorded["library"]))
         describe = library.fused_inpaint_build_facts
-    except (OSError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        return (
-            f"fused_inpaint: the extension was built with torch {built} and does not load with torch {running} ({reason}); "
-            f"rebuild it in the checkout: {REBUILD}",
-            {},
-        )
+    except (OSError, AttributeError) as failure:
+        error = f"the extension, built with torch {built}, does not load with torch {running}"
+        return f"fused_inpaint: {error} ({str(failure).splitlines()[0]}); rebuild it in the checkout: {REBUILD}", {}
     describe.restype = ctypes.c_char_p
     return None, dict(json.loads(describe()))
 

@@ -56,7 +56,12 @@ class InpaintingModel(nn.Module):
         n, c, h, w = image.shape
         if h == 0 or w == 0:
             raise ValueError(f"{self.key}: image must have at least one pixel, got {tuple(image.shape)}")
-        if mask.dim() != 4 or mask.shape[2:] != image.shape[2:] or mask.size(0) not in (1, n) or mask.size(1) not in (1, c):
+        if (
+            mask.dim() != 4
+            or mask.shape[2:] != image.shape[2:]
+            or mask.size(0) not in (1, n)
+            or mask.size(1) not in (1, c)
+        ):
             raise ValueError(
                 f"{self.key}: mask must be ({n}, 1, {h}, {w}) or ({n}, {c}, {h}, {w}), got {tuple(mask.shape)}"
             )

@@ -12,7 +12,7 @@ Table 2 of the paper, 8 levels, 512 x 512:
     PConv9-15: BN, LeakyReLU(0.2); PConv16: neither.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ _SLOPE = 0.2
 class _Block(nn.Module):
     """Partial convolution, batch norm where there is one, activation: one op."""
 
+    conv: Any  # PartialConv2d in the encoder, PartialUpConv2d in the decoder
+    norm: nn.BatchNorm2d | None
+
     def __init__(self, conv: PartialConv2d | PartialUpConv2d, norm: bool, activation: str) -> None:
         super().__init__()
         self.conv = conv
@@ -36,7 +39,7 @@ class _Block(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor | list[Tensor], window: Window) -> Tensor:
-        return self.conv.block(x, window, self.activation, _SLOPE, self._batch_norm())  # type: ignore[arg-type]
+        return self.conv.block(x, window, self.activation, _SLOPE, self._batch_norm())
 
     def _batch_norm(self) -> BatchNorm | None:
         norm = self.norm
@@ -45,9 +48,11 @@ class _Block(nn.Module):
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         momentum = 0.1 if norm.momentum is None else norm.momentum
-        return BatchNorm(
-            norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum, norm.eps
-        )
+        return BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum, norm.eps)
+
+
+def _blocks(modules: nn.ModuleList) -> list[_Block]:
+    return cast("list[_Block]", list(modules))
 
 
 class Masks(NamedTuple):
@@ -103,16 +108,18 @@ class PConvUNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self.to(memory_format=torch.channels_last)
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def masks(self, mask: Tensor) -> Masks:
         """The whole mask chain for an input mask; hand it to several calls of `forward` that share the mask."""
         encoder: list[Window] = []
-        for block in self.encoder:
-            encoder.append(block.conv.window(encoder[-1].mask if encoder else mask))  # type: ignore[union-attr, operator]
+        for block in _blocks(self.encoder):
+            encoder.append(block.conv.window(encoder[-1].mask if encoder else mask))
         current, decoder = encoder[-1].mask, []
-        for block, below in zip(self.decoder, reversed(encoder), strict=True):
-            decoder.append(self._decoder_window(block.conv, current, below.planes[0]))  # type: ignore[arg-type]
+        for block, below in zip(_blocks(self.decoder), reversed(encoder), strict=True):
+            decoder.append(self._decoder_window(block.conv, current, below.planes[0]))
             current = decoder[-1].mask
         return Masks(tuple(encoder), tuple(decoder))
 
@@ -129,17 +136,17 @@ class PConvUNet(nn.Module):
             raise ValueError(f"pconv: x must have sides that are multiples of {side}, got {tuple(x.shape)}")
         masks = self.masks(mask) if masks is None else masks
         features = [x]
-        for block, window in zip(self.encoder, masks.encoder, strict=True):
+        for block, window in zip(_blocks(self.encoder), masks.encoder, strict=True):
             features.append(block(features[-1], window))
         h = features.pop()
-        for block, window in zip(self.decoder, masks.decoder, strict=True):
-            h = self._decode(block, h, features.pop(), window)  # type: ignore[arg-type]
+        for block, window in zip(_blocks(self.decoder), masks.decoder, strict=True):
+            h = self._decode(block, h, features.pop(), window)
         out_mask = masks.out.to(mask.dtype).expand(h.size(0), self.channels, -1, -1)
         return h, out_mask
 
     def _decode(self, block: _Block, h: Tensor, skip: Tensor, window: Window) -> Tensor:
         if self.upsampling == "nearest":
-            return block([h, skip], window)  # type: ignore[no-any-return]
+            return block([h, skip], window)
         h = F.interpolate(h, scale_factor=2.0, mode="bilinear")
         conv = block.conv
         return partial_conv2d(
@@ -147,7 +154,7 @@ class PConvUNet(nn.Module):
             None,
             conv.weight,
             conv.bias,
-            padding=conv.kernel_size[0] // 2 if isinstance(conv.kernel_size, tuple) else conv.kernel_size // 2,
+            padding=conv.weight.size(2) // 2,
             activation=block.activation,
             slope=_SLOPE,
             batch_norm=block._batch_norm(),
@@ -158,9 +165,9 @@ class PConvUNet(nn.Module):
         """Fine-tuning as in the paper: the encoder's batch norm uses its running statistics, and neither they nor its
         weights change any more; stays in force over later calls of `train()`. `frozen=False` takes it back."""
         self._encoder_bn_frozen = frozen
-        for block in self.encoder:
+        for block in _blocks(self.encoder):
             if block.norm is not None:
-                block.norm.requires_grad_(not frozen)  # type: ignore[operator]
+                block.norm.requires_grad_(not frozen)
         self.train(self.training)
 
     _encoder_bn_frozen = False
@@ -168,9 +175,9 @@ class PConvUNet(nn.Module):
     def train(self, mode: bool = True) -> "PConvUNet":
         super().train(mode)
         if self._encoder_bn_frozen:
-            for block in self.encoder:
+            for block in _blocks(self.encoder):
                 if block.norm is not None:
-                    block.norm.eval()  # type: ignore[operator]
+                    block.norm.eval()
         return self
 
 

@@ -72,7 +72,7 @@ def _read(given: str | PathLike[str] | State) -> Mapping[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"load_published: path must be a checkpoint of tensors, got {path} ({reason})") from None
     _require(isinstance(loaded, Mapping), "path", "a checkpoint with a state dict", type(loaded).__name__)
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -91,7 +91,9 @@ def _load(model: torch.nn.Module, state: Mapping[str, Tensor], names: Mapping[st
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
     shaped = [k for k in own if k in state and own[k].shape != state[k].shape]
-    told = [f"missing {names.get(k, k)}" for k in missing[:1]] + [f"unexpected {names.get(k, k)}" for k in unexpected[:1]]
+    told = [f"missing {names.get(k, k)}" for k in missing[:1]] + [
+        f"unexpected {names.get(k, k)}" for k in unexpected[:1]
+    ]
     told += [f"{names.get(k, k)} of {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in shaped[:1]]
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shaped)} mis-shaped"
     _require(not told, "checkpoint", "a state dict of this network", f"{'; '.join(told)} ({counts})")
@@ -101,7 +103,12 @@ def _load(model: torch.nn.Module, state: Mapping[str, Tensor], names: Mapping[st
 def _sizes(state: State, first: str, levels: int, source: str) -> tuple[int, int]:
     """(channels, width) from the first convolution's weight."""
     weight = state.get(first)
-    _require(weight is not None and weight.dim() == 4 and levels > 0, "checkpoint", f"a {source} U-Net with {first}", _some(state))
+    _require(
+        weight is not None and weight.dim() == 4 and levels > 0,
+        "checkpoint",
+        f"a {source} U-Net with {first}",
+        _some(state),
+    )
     assert weight is not None
     return weight.size(1), weight.size(0)
 
@@ -116,16 +123,17 @@ def _read_own(state: State, **config: Any) -> PConv:
 
 
 def _read_naoto0804(state: State, **config: Any) -> PConv:
-    """enc_<i>/dec_<i>.conv.input_conv, .conv.mask_conv (all ones) and .bn, i from 1, dec_1 last. Its layer divides by sum(M)
-    without the factor sum(1), the number of weights of an output: the weight is divided by that factor instead."""
+    """enc_<i>/dec_<i>.conv.input_conv, .conv.mask_conv (all ones) and .bn, i from 1, dec_1 last. Its layer divides by
+    sum(M) without the factor sum(1), the number of weights of an output; here the weight is divided by that factor."""
     levels = len({k.split(".")[0] for k in state if k.startswith("enc_")})
     channels, width = _sizes(state, "enc_1.conv.input_conv.weight", levels, "naoto0804")
     renamed, names = {}, {}
     for name, value in state.items():
+        if ".mask_conv." in name:
+            continue
         match = re.fullmatch(r"(enc|dec)_(\d+)\.(.+)", name)
-        if match is None or ".mask_conv." in name:
-            if match is None:
-                renamed[name] = value
+        if match is None:
+            renamed[name] = value
             continue
         side, number, rest = match.groups()
         index = int(number) - 1 if side == "enc" else levels - int(number)

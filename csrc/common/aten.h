@@ -60,7 +60,7 @@ struct ConvGeometry {
 inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   using torch::stable::detail::from;
   const std::optional<Tensor> no_bias;
-  std::array<StableIValue, 9> stack{from(x),          from(weight), from(no_bias),   from(g.stride), from(g.padding),
+  std::array<StableIValue, 9> stack{from(x),          from(weight), from(no_bias),    from(g.stride), from(g.padding),
                                     from(g.dilation), from(false),  from(Ints{0, 0}), from(g.groups)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return channels_last(torch::stable::detail::to<Tensor>(stack[0]));

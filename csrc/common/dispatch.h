@@ -17,7 +17,8 @@ void dispatch_float(const char* op, ScalarType dtype, F&& body) {
     case ScalarType::BFloat16:
       return body.template operator()<bf16>();
     default:
-      STD_TORCH_CHECK(false, op, ": dtype must be float32, float64 or bfloat16, got ", torch::headeronly::toString(dtype));
+      STD_TORCH_CHECK(false, op, ": dtype must be float32, float64 or bfloat16, got ",
+                      torch::headeronly::toString(dtype));
   }
 }
 

@@ -6,9 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
-// A plain -O3 build stops at SSE2. Functions marked so are compiled once more for AVX2, and the loader picks. FMA is left out: without it both clones give the same bits.
-// Only ELF systems with a compiler that knows function multiversioning have the mechanism.
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && !defined(FUSED_INPAINT_NO_CLONES)
+// A plain -O3 build stops at SSE2. Functions marked so are compiled once more for AVX2, and the loader picks. FMA is
+// left out: without it both clones give the same bits. Only ELF systems with a compiler that knows function
+// multiversioning have the mechanism.
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(FUSED_INPAINT_NO_CLONES)
 #define FUSED_INPAINT_CLONES __attribute__((target_clones("default", "avx2")))
 #else
 #define FUSED_INPAINT_CLONES

@@ -35,7 +35,7 @@ struct Fold {
   explicit Fold(int64_t k) : kernel(k), taps((k + 1) / 2), padding((k / 2 + 1) / 2), shift((k / 2) % 2) {}
   // Tap of the folded kernel that holds tap u of the kernel, for phase a.
   int64_t tap(int64_t a, int64_t u) const {
-    const int64_t offset = a - kernel / 2 + u;                    // of the upsampled row, from 2i
+    const int64_t offset = a - kernel / 2 + u;                           // of the upsampled row, from 2i
     const int64_t low = offset >= 0 ? offset / 2 : -((1 - offset) / 2);  // floor
     return low + padding - a * shift;
   }
@@ -51,7 +51,9 @@ struct Output {
   double slope;
 
   int64_t pixels() const { return n * h * w; }
-  FUSED_INPAINT_INLINE const int32_t* count_row(int64_t row) const { return count + (count_n == 1 ? row % h : row) * w; }
+  FUSED_INPAINT_INLINE const int32_t* count_row(int64_t row) const {
+    return count + (count_n == 1 ? row % h : row) * w;
+  }
   template <typename A>
   FUSED_INPAINT_INLINE A ratio(int64_t pixel) const {
     const int32_t valid = count[count_n == 1 ? pixel % (h * w) : pixel];
@@ -59,10 +61,11 @@ struct Output {
   }
 };
 
-Output describe_output(const Tensor& y, const Tensor& count, double window, const std::string& activation, double slope);
+Output describe_output(const Tensor& y, const Tensor& count, double window, const std::string& activation,
+                       double slope);
 
-// partial_epilogue_cpu.cpp. `phases` is the low-resolution convolution of Fold or null; `scale` and `bias` have c values.
-// y: in, the sum of the full-resolution convolutions (or anything when !y_holds_sum); out, the layer's output.
+// partial_epilogue_cpu.cpp. `phases` is the low-resolution convolution of Fold or null; `scale` and `bias` have c
+// values. y: in, the sum of the full-resolution convolutions (or anything when !y_holds_sum); out, the layer's output.
 void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor& scale,
               const Tensor& bias);
 void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, const Tensor& scale, Tensor& grad_conv,

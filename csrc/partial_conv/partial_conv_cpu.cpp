@@ -8,6 +8,37 @@
 namespace fused_inpaint {
 namespace {
 
+// Memory safety only: what a user can get wrong is said in Python, in better words.
+void check(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Tensor& count,
+           const Tensor& weight, const Ints& upsample) {
+  const size_t n = sources.size();
+  STD_TORCH_CHECK(n > 0 && masks.size() == n && upsample.size() == n && weight.dim() == 4,
+                  "partial_conv2d: sources, masks and upsample must be of one length, and weight of 4 dimensions");
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor &x = sources[i], &m = masks[i];
+    STD_TORCH_CHECK(
+        x.dim() == 4 && x.scalar_type() == sources[0].scalar_type() && (upsample[i] == 1 || upsample[i] == 2),
+        "partial_conv2d: sources must be (N, C, H, W) of one dtype, upsampled by 1 or 2");
+    STD_TORCH_CHECK(x.size(0) == sources[0].size(0) && x.size(2) * upsample[i] == sources[0].size(2) * upsample[0] &&
+                        x.size(3) * upsample[i] == sources[0].size(3) * upsample[0],
+                    "partial_conv2d: sources must be of one size after upsampling");
+    STD_TORCH_CHECK(m.dim() == 4 && m.scalar_type() == ScalarType::Byte && m.is_contiguous() &&
+                        m.size(2) == x.size(2) && m.size(3) == x.size(3) &&
+                        (m.size(0) == 1 || m.size(0) == x.size(0)) && (m.size(1) == 1 || m.size(1) == x.size(1)),
+                    "partial_conv2d: a mask must be contiguous uint8 of its source's size");
+  }
+  STD_TORCH_CHECK(count.dim() == 4 && count.scalar_type() == ScalarType::Int && count.is_contiguous() &&
+                      count.size(1) == 1 && (count.size(0) == 1 || count.size(0) == sources[0].size(0)),
+                  "partial_conv2d: count must be contiguous int32 (N or 1, 1, H', W')");
+}
+
+void check_map(const char* name, const Tensor& map, const std::vector<int64_t>& size, ScalarType dtype) {
+  bool fits = map.dim() == 4 && map.scalar_type() == dtype;
+  for (int d = 0; fits && d < 4; ++d) fits = map.size(d) == size[d];
+  STD_TORCH_CHECK(fits, "partial_conv2d: ", name,
+                  " must have the size and dtype that the masks' counts give the output");
+}
+
 // The inputs of the convolutions whose sum is the numerator. Unfolded: one convolution of the concatenated sources.
 // Folded: one for each source, at its own resolution.
 struct Operands {
@@ -48,9 +79,15 @@ Tensor packed_convolution(const Tensor& x, const Tensor& weight, const ConvGeome
   using torch::stable::detail::from;
   const std::optional<Tensor> no_bias;
   const std::optional<std::string> no_algorithm;
-  std::array<StableIValue, 10> stack{from(x),          from(weight),   from(no_bias),
-                                     from(g.padding),  from(g.stride), from(g.dilation),
-                                     from(g.groups),   from(std::string("none")), from(std::vector<std::optional<double>>{}),
+  std::array<StableIValue, 10> stack{from(x),
+                                     from(weight),
+                                     from(no_bias),
+                                     from(g.padding),
+                                     from(g.stride),
+                                     from(g.dilation),
+                                     from(g.groups),
+                                     from(std::string("none")),
+                                     from(std::vector<std::optional<double>>{}),
                                      from(no_algorithm)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("mkldnn::_convolution_pointwise", "", stack.data(), TORCH_ABI_VERSION));
@@ -88,8 +125,11 @@ Tensor constant(double value, int64_t n, ScalarType dtype, const Tensor& like) {
   return t;
 }
 
-std::vector<int64_t> output_size(const Tensor& source, const Tensor& count, int64_t outputs) {
-  return {source.size(0), outputs, count.size(2), count.size(3)};
+// (N, O, H', W'), once the operands are known to fit together.
+std::vector<int64_t> checked_output_size(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks,
+                                         const Tensor& count, const Tensor& weight, const Ints& upsample) {
+  check(sources, masks, count, weight, upsample);
+  return {sources[0].size(0), weight.size(0), count.size(2), count.size(3)};
 }
 
 int64_t elements(const std::vector<int64_t>& size) {
@@ -139,8 +179,7 @@ Gradients convolve_backward(const Tensor& grad_sum, const std::optional<Tensor>&
     const Tensor whole = g.sources[0];
     g.sources.clear();
     for (const Tensor& s : sources)
-      g.sources.push_back(
-          empty_channels_last({s.size(0), s.size(1), s.size(2), s.size(3)}, s.scalar_type(), s));
+      g.sources.push_back(empty_channels_last({s.size(0), s.size(1), s.size(2), s.size(3)}, s.scalar_type(), s));
     split_gradient(whole, upsample, g.sources);
   }
   for (size_t i = 0; i < sources.size(); ++i) {
@@ -165,16 +204,17 @@ std::optional<Tensor> empty_phases(const Operands& o, const Tensor& source, cons
 }  // namespace
 
 Tensor partial_conv2d_cpu(std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count, Tensor weight,
-                          std::optional<Tensor> bias, std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding,
-                          Ints dilation, int64_t groups, std::string activation, double slope, bool fold,
+                          std::optional<Tensor> bias, std::optional<Tensor> scale, Ints upsample, Ints stride,
+                          Ints padding, Ints dilation, int64_t groups, std::string activation, double slope, bool fold,
                           std::vector<Tensor> packed) {
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = sources[0].scalar_type();
-  const auto size = output_size(sources[0], count, outputs);
+  const auto size = checked_output_size(sources, masks, count, weight, upsample);
   if (elements(size) == 0) return empty_channels_last(size, dtype, sources[0]);
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, packed);
   const Numerator numerator = convolve(o, !packed.empty());
   Tensor y = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
+  check_map("the convolution", y, size, dtype);
   const Output out = describe_output(y, count, window_of(sources, weight), activation, slope);
   epilogue(y, numerator.sum.has_value(), numerator.phases ? &*numerator.phases : nullptr, shift_of(weight), out,
            scale ? *scale : constant(1, outputs, dtype, y), bias ? *bias : constant(0, outputs, dtype, y));
@@ -187,6 +227,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward_cpu(
     std::string activation, double slope, bool fold, bool need_sources, bool need_weight, bool need_bias) {
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = y.scalar_type();
+  const auto size = checked_output_size(sources, masks, count, weight, upsample);
+  check_map("y", y, size, sources[0].scalar_type());
+  check_map("grad", grad, size, y.scalar_type());
   Tensor grad_bias = need_bias ? constant(0, outputs, dtype, y) : empty({0}, dtype, y);
   if (y.numel() == 0) {
     Gradients g = zero_gradients(sources, weight);
@@ -194,11 +237,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward_cpu(
   }
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
   const int64_t shift = shift_of(weight);
-  Tensor grad_sum = empty_channels_last(output_size(sources[0], count, outputs), dtype, y);
+  Tensor grad_sum = empty_channels_last(size, dtype, y);
   std::optional<Tensor> grad_phases = empty_phases(o, sources[0], count, outputs, shift);
   const Output out = describe_output(y, count, window_of(sources, weight), activation, slope);
-  epilogue_backward(channels_last(grad), channels_last(y), out, scale ? *scale : constant(1, outputs, dtype, y), grad_sum,
-                    grad_phases ? &*grad_phases : nullptr, shift, need_bias ? &grad_bias : nullptr);
+  epilogue_backward(channels_last(grad), channels_last(y), out, scale ? *scale : constant(1, outputs, dtype, y),
+                    grad_sum, grad_phases ? &*grad_phases : nullptr, shift, need_bias ? &grad_bias : nullptr);
   Gradients g =
       convolve_backward(grad_sum, grad_phases, o, sources, masks, weight, upsample, fold, need_sources, need_weight);
   return {g.sources, g.weight, grad_bias};
@@ -207,31 +250,37 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward_cpu(
 // The numerator is kept for the backward; mean and variance are those of the renormalised map, holes (0) included.
 std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn_cpu(std::vector<Tensor> sources, std::vector<Tensor> masks,
                                                                  Tensor count, Tensor weight, Tensor norm_weight,
-                                                                 Tensor norm_bias, double eps, Ints upsample, Ints stride,
-                                                                 Ints padding, Ints dilation, int64_t groups,
-                                                                 std::string activation, double slope, bool fold) {
+                                                                 Tensor norm_bias, double eps, Ints upsample,
+                                                                 Ints stride, Ints padding, Ints dilation,
+                                                                 int64_t groups, std::string activation, double slope,
+                                                                 bool fold) {
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = sources[0].scalar_type();
-  const auto size = output_size(sources[0], count, outputs);
+  const auto size = checked_output_size(sources, masks, count, weight, upsample);
   Tensor mean = constant(0, outputs, dtype, weight), var = constant(0, outputs, dtype, weight);
   Tensor y = empty_channels_last(size, dtype, sources[0]);
   if (elements(size) == 0) return {y, empty_channels_last(size, dtype, sources[0]), mean, var};
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
   const Numerator numerator = convolve(o, false);
   Tensor conv = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
+  check_map("the convolution", conv, size, dtype);
   const Output out = describe_output(conv, count, window_of(sources, weight), activation, slope);
-  batch_statistics(conv, numerator.sum.has_value(), numerator.phases ? &*numerator.phases : nullptr, shift_of(weight), out,
-                   mean, var);
+  batch_statistics(conv, numerator.sum.has_value(), numerator.phases ? &*numerator.phases : nullptr, shift_of(weight),
+                   out, mean, var);
   batch_norm(conv, out, mean, var, norm_weight, norm_bias, eps, y);
   return {y, conv, mean, var};
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> partial_conv2d_bn_backward_cpu(
-    Tensor grad, Tensor conv, Tensor mean, Tensor var, std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count,
-    Tensor weight, Tensor norm_weight, Tensor norm_bias, double eps, Ints upsample, Ints stride, Ints padding, Ints dilation,
-    int64_t groups, std::string activation, double slope, bool fold, bool need_sources, bool need_weight) {
+    Tensor grad, Tensor conv, Tensor mean, Tensor var, std::vector<Tensor> sources, std::vector<Tensor> masks,
+    Tensor count, Tensor weight, Tensor norm_weight, Tensor norm_bias, double eps, Ints upsample, Ints stride,
+    Ints padding, Ints dilation, int64_t groups, std::string activation, double slope, bool fold, bool need_sources,
+    bool need_weight) {
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = conv.scalar_type();
+  const auto size = checked_output_size(sources, masks, count, weight, upsample);
+  check_map("conv", conv, size, sources[0].scalar_type());
+  check_map("grad", grad, size, conv.scalar_type());
   Tensor grad_norm_weight = empty({outputs}, norm_weight.scalar_type(), conv);
   Tensor grad_norm_bias = empty({outputs}, norm_bias.scalar_type(), conv);
   if (conv.numel() == 0) {
@@ -242,7 +291,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> partial_conv2d_bn_backwa
   }
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
   const int64_t shift = shift_of(weight);
-  Tensor grad_sum = empty_channels_last(output_size(sources[0], count, outputs), dtype, conv);
+  Tensor grad_sum = empty_channels_last(size, dtype, conv);
   std::optional<Tensor> grad_phases = empty_phases(o, sources[0], count, outputs, shift);
   const Output out = describe_output(conv, count, window_of(sources, weight), activation, slope);
   batch_norm_backward(channels_last(grad), conv, out, mean, var, norm_weight, norm_bias, eps, grad_sum,
@@ -260,8 +309,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, CPU, m) {
 }
 
 // A packed weight is an opaque oneDNN tensor and brings its own dispatch key.
-STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, MkldnnCPU, m) {
-  m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, MkldnnCPU, m) { m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d_cpu)); }
 
 }  // namespace fused_inpaint

@@ -131,7 +131,9 @@ int64_t row_grain(const Output& out) { return std::max<int64_t>(1, (1 << 14) / s
 struct Blocks {
   int64_t pixels, size, n;
   explicit Blocks(const Output& out)
-      : pixels(out.pixels()), size(std::clamp<int64_t>(16384 / std::max<int64_t>(1, out.c), 16, 1024)), n(ceil_div(pixels, size)) {}
+      : pixels(out.pixels()),
+        size(std::clamp<int64_t>(16384 / std::max<int64_t>(1, out.c), 16, 1024)),
+        n(ceil_div(pixels, size)) {}
 };
 
 // Runs body(block, begin, end) over all blocks.
@@ -143,8 +145,8 @@ void for_blocks(const Blocks& blocks, F&& body) {
 }
 
 template <typename T, Activation kind>
-FUSED_INPAINT_CLONES void epilogue_backward_block(const T* grad, const T* y, Output out, const acc_t<T>* scale, T* grad_conv,
-                                                  acc_t<T>* bias_sum, int64_t begin, int64_t end) {
+FUSED_INPAINT_CLONES void epilogue_backward_block(const T* grad, const T* y, Output out, const acc_t<T>* scale,
+                                                  T* grad_conv, acc_t<T>* bias_sum, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const A slope = static_cast<A>(out.slope);
   for (int64_t pixel = begin; pixel < end; ++pixel) {
@@ -249,8 +251,8 @@ FUSED_INPAINT_CLONES void norm_sums_block(const T* grad, const T* conv, Output o
 template <typename T, Activation kind>
 FUSED_INPAINT_CLONES void norm_gradient_rows(const T* grad, const T* conv, Output out, const acc_t<T>* mean,
                                              const acc_t<T>* inverse, const acc_t<T>* weight, const acc_t<T>* bias,
-                                             const acc_t<T>* mean_g, const acc_t<T>* mean_dot, T* grad_conv, int64_t begin,
-                                             int64_t end) {
+                                             const acc_t<T>* mean_g, const acc_t<T>* mean_dot, T* grad_conv,
+                                             int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const A slope = static_cast<A>(out.slope);
   for (int64_t pixel = begin; pixel < end; ++pixel) {
@@ -271,7 +273,8 @@ FUSED_INPAINT_CLONES void norm_gradient_rows(const T* grad, const T* conv, Outpu
 
 // Sums the blocks' partial sums of each channel in their order, in double.
 template <typename A>
-std::vector<double> merge(const std::vector<A>& partial, int64_t blocks, int64_t stride, int64_t first, int64_t channels) {
+std::vector<double> merge(const std::vector<A>& partial, int64_t blocks, int64_t stride, int64_t first,
+                          int64_t channels) {
   std::vector<double> sum(channels, 0.0);
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t c = 0; c < channels; ++c) sum[c] += partial[b * stride + first + c];
@@ -288,9 +291,17 @@ void write(Tensor& t, const std::vector<V>& values) {
 
 }  // namespace
 
-Output describe_output(const Tensor& y, const Tensor& count, double window, const std::string& activation, double slope) {
-  return {y.size(0), y.size(1),      y.size(2), y.size(3), data<int32_t>(count), count.size(0),
-          window,    parse_activation(activation), slope};
+Output describe_output(const Tensor& y, const Tensor& count, double window, const std::string& activation,
+                       double slope) {
+  return {y.size(0),
+          y.size(1),
+          y.size(2),
+          y.size(3),
+          data<int32_t>(count),
+          count.size(0),
+          window,
+          parse_activation(activation),
+          slope};
 }
 
 void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor& scale,
@@ -406,10 +417,11 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
       const T *d = data<T>(grad), *v = data<T>(conv);
       for_blocks(blocks, [&](int64_t b, int64_t begin, int64_t end) {
         A *sum = partial.data() + b * 2 * out.c, *dot = sum + out.c;
-        norm_sums_block<T, kind>(d, v, out, norm.mean.data(), norm.inverse.data(), norm.weight.data(), norm.bias.data(), sum,
-                                 dot, begin, end);
+        norm_sums_block<T, kind>(d, v, out, norm.mean.data(), norm.inverse.data(), norm.weight.data(), norm.bias.data(),
+                                 sum, dot, begin, end);
       });
-      const auto sum = merge(partial, blocks.n, 2 * out.c, 0, out.c), dot = merge(partial, blocks.n, 2 * out.c, out.c, out.c);
+      const auto sum = merge(partial, blocks.n, 2 * out.c, 0, out.c),
+                 dot = merge(partial, blocks.n, 2 * out.c, out.c, out.c);
       write(grad_bias, sum);
       write(grad_weight, dot);
       std::vector<A> mean_g(out.c), mean_dot(out.c);
@@ -423,8 +435,9 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
       if (grad_phases) zero_border(f, at, out.n);
       parallel_for(0, out.n * out.h, row_grain(out), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          norm_gradient_rows<T, kind>(d, v, out, norm.mean.data(), norm.inverse.data(), norm.weight.data(), norm.bias.data(),
-                                      mean_g.data(), mean_dot.data(), g, row * out.w, (row + 1) * out.w);
+          norm_gradient_rows<T, kind>(d, v, out, norm.mean.data(), norm.inverse.data(), norm.weight.data(),
+                                      norm.bias.data(), mean_g.data(), mean_dot.data(), g, row * out.w,
+                                      (row + 1) * out.w);
           if (f) scatter_row(g + row * out.w * out.c, f, at, out, row);
         }
       });

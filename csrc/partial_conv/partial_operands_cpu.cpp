@@ -59,8 +59,8 @@ bool holes_are_zero(const T* x, const Holes& holes, int64_t rows) {
 
 // Each tap of the folded kernel is a sum of the kernel's own taps; at most four, one where the phases part.
 template <typename T>
-FUSED_INPAINT_CLONES void fold_outputs(const T* weight, T* folded, Fold fold, int64_t outputs, int64_t total, int64_t first,
-                                       int64_t channels, int64_t begin, int64_t end) {
+FUSED_INPAINT_CLONES void fold_outputs(const T* weight, T* folded, Fold fold, int64_t outputs, int64_t total,
+                                       int64_t first, int64_t channels, int64_t begin, int64_t end) {
   const int64_t k = fold.kernel, taps = fold.taps;
   for (int64_t o = begin; o < end; ++o)
     for (int64_t phase = 0; phase < 4; ++phase)
@@ -204,8 +204,9 @@ void unfold_gradient(const Tensor& grad_folded, int64_t first, Tensor& grad_weig
           for (int64_t v = 0; v < k; ++v) {
             const T* f[4];
             for (int64_t phase = 0; phase < 4; ++phase)
-              f[phase] = from + (((phase * outputs + o) * taps + fold.tap(phase / 2, u)) * taps + fold.tap(phase % 2, v)) *
-                                    channels;
+              f[phase] =
+                  from +
+                  (((phase * outputs + o) * taps + fold.tap(phase / 2, u)) * taps + fold.tap(phase % 2, v)) * channels;
             T* g = to + ((o * k + u) * k + v) * total + first;
             for (int64_t c = 0; c < channels; ++c) {
               const A sum = (A(load(f[0][c])) + load(f[1][c])) + (A(load(f[2][c])) + load(f[3][c]));

@@ -28,7 +28,8 @@ std::optional<double> pack(const uint8_t* mask, uint8_t* plane, int64_t n) {
 }
 
 // sum[p] += weight * (number of valid channels of the mask at p), the mask being upsampled by `up`.
-void add_plane(const Tensor& mask, int64_t batch, int64_t weight, int64_t up, int32_t* sum, int64_t height, int64_t width) {
+void add_plane(const Tensor& mask, int64_t batch, int64_t weight, int64_t up, int32_t* sum, int64_t height,
+               int64_t width) {
   const int64_t channels = mask.size(1), h = mask.size(2), w = mask.size(3);
   const uint8_t* m = data<uint8_t>(mask) + (mask.size(0) == 1 ? 0 : batch * channels * h * w);
   for (int64_t c = 0; c < channels; ++c)
@@ -84,7 +85,8 @@ Tensor mask_plane_cpu(Tensor mask, std::string op) {
       odd = pack(data<uint8_t>(dense), out, dense.numel());
       break;
     default:
-      dispatch_float(op.c_str(), mask.scalar_type(), [&]<typename T>() { odd = pack(data<T>(dense), out, dense.numel()); });
+      dispatch_float(op.c_str(), mask.scalar_type(),
+                     [&]<typename T>() { odd = pack(data<T>(dense), out, dense.numel()); });
   }
   STD_TORCH_CHECK(!odd, op, ": mask must be 0 or 1 everywhere, got ", *odd);
   return plane;
@@ -92,6 +94,13 @@ Tensor mask_plane_cpu(Tensor mask, std::string op) {
 
 std::tuple<Tensor, Tensor> partial_window_cpu(std::vector<Tensor> masks, Ints channels, Ints upsample, Ints kernel,
                                               Ints stride, Ints padding, Ints dilation) {
+  STD_TORCH_CHECK(!masks.empty() && masks.size() == channels.size() && masks.size() == upsample.size(),
+                  "partial_window: masks, channels and upsample must be of one length");
+  for (size_t i = 0; i < masks.size(); ++i)
+    STD_TORCH_CHECK(masks[i].dim() == 4 && masks[i].scalar_type() == ScalarType::Byte && masks[i].is_contiguous() &&
+                        masks[i].size(2) * upsample[i] == masks[0].size(2) * upsample[0] &&
+                        masks[i].size(3) * upsample[i] == masks[0].size(3) * upsample[0],
+                    "partial_window: masks must be contiguous uint8 of one size after upsampling");
   int64_t batch = 1;
   for (const Tensor& m : masks) batch = std::max(batch, m.size(0) == 0 ? 0 : m.size(0));
   for (const Tensor& m : masks)

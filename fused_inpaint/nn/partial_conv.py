@@ -36,8 +36,9 @@ class _Prepacked:
 def prepack(module: nn.Module, enabled: bool = True) -> nn.Module:
     """Prepare a module's partial convolutions for inference on the CPU, and return it.
 
-    From then on a layer in eval mode and without gradients folds its weight and lays it out for oneDNN at its first call
-    of a size, and keeps the result beside the weight (about twice the memory for it): deep layers run up to twice as fast.
+    From then on a layer in eval mode and without gradients folds its weight and lays it out for oneDNN at its first
+    call of a size, and keeps the result beside the weight (about twice the memory for it): deep layers run up to twice
+    as fast.
     Training is not affected, and weights that change (optimizer, `load_state_dict`, `.to`) are packed anew; only a
     write through `weight.data` goes unnoticed, and needs a new `prepack`. `enabled=False` takes it back. Compiled and
     exported graphs do not use packed weights.
@@ -127,8 +128,8 @@ class PartialConv2d(nn.Conv2d):
 
 
 class PartialUpConv2d(nn.Module):
-    """Decoder step of the partial-convolution U-Net: nearest x2 of (x, mask), concatenation with (skip, skip_mask), partial
-    convolution with padding k // 2; nothing upsampled or concatenated is stored.
+    """Decoder step of the partial-convolution U-Net: nearest x2 of (x, mask), concatenation with (skip, skip_mask),
+    partial convolution with padding k // 2; nothing upsampled or concatenated is stored.
 
     `layer(x, mask, skip, skip_mask)` returns (y, new_mask). x (N, up_channels, H, W), skip (N, skip_channels, 2H, 2W),
     masks (N or 1, 1 or C, ...) with 1 = valid, 0 = hole; y (N, O, 2H, 2W), new_mask (N or 1, 1, 2H, 2W).
@@ -137,7 +138,8 @@ class PartialUpConv2d(nn.Module):
     >>> import torch
     >>> from fused_inpaint import PartialUpConv2d
     >>> layer = PartialUpConv2d(4, 2, 5)
-    >>> y, new_mask = layer(torch.rand(1, 4, 4, 4), torch.ones(1, 1, 4, 4), torch.rand(1, 2, 8, 8), torch.ones(1, 1, 8, 8))
+    >>> x, skip = torch.rand(1, 4, 4, 4), torch.rand(1, 2, 8, 8)
+    >>> y, new_mask = layer(x, torch.ones(1, 1, 4, 4), skip, torch.ones(1, 1, 8, 8))
     >>> tuple(y.shape)
     (1, 5, 8, 8)
     """

@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 
 from ... import _backends
+from ..checks import LIMIT, Pair, check_feature_map, check_mask, check_mask_type, error, pair
 from . import reference, routes
 from .packing import PackedWeight
 from .schema import ops, output_size
-
-Pair = int | Sequence[int]
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_MASKS = (torch.uint8, torch.bool, *_FLOATS)
-_LIMIT = 2**31
 
 
 class Window(NamedTuple):
     """What one partial convolution reads and leaves behind of its masks; a function of the input masks alone."""
 
     planes: tuple[Tensor, ...]  # (N or 1, 1 or C_i, H_i, W_i) uint8, one for each source
-    count: Tensor  # (N or 1, 1, H', W') int32, valid values under each window
+    counts: Tensor  # (N or 1, 1, H', W') int32, valid values under each window
     mask: Tensor  # (N or 1, 1, H', W') uint8, the updated mask
 
 
@@ -91,22 +87,29 @@ def partial_conv2d(
     Dtypes: float32, float64 (CPU), float16, bfloat16; half types accumulate in float32.
 
     Raises:
-        ValueError: an argument of wrong rank, size, dtype or device, or a mask (on the CPU) with a value other than 0, 1.
+        ValueError: an argument of wrong rank, size, dtype or device; a mask (on the CPU) with a value but 0 and 1.
         NoBackendError: a backend asked for by name cannot run this call.
 
     >>> import torch
     >>> from fused_inpaint import ops
-    >>> y, new_mask = ops.partial_conv2d(torch.rand(1, 3, 8, 8), torch.ones(1, 1, 8, 8), torch.rand(4, 3, 3, 3), padding=1)
+    >>> x, mask, weight = torch.rand(1, 3, 8, 8), torch.ones(1, 1, 8, 8), torch.rand(4, 3, 3, 3)
+    >>> y, new_mask = ops.partial_conv2d(x, mask, weight, padding=1)
     >>> tuple(y.shape), tuple(new_mask.shape)
     ((1, 4, 8, 8), (1, 1, 8, 8))
     """
     op = "partial_conv2d"
     sources = [x] if isinstance(x, Tensor) else list(x)
     ups = [upsample] * len(sources) if isinstance(upsample, int) else list(upsample)
-    stride, padding, dilation = _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
+    stride, padding, dilation = (
+        pair(op, "stride", stride, 1),
+        pair(op, "padding", padding, 0),
+        pair(op, "dilation", dilation, 1),
+    )
     _check(op, sources, ups, weight, bias, stride, padding, dilation, groups, activation, slope, batch_norm)
     given = None if mask is None else [mask] if isinstance(mask, Tensor) else list(mask)
-    if window is None:
+    if window is not None:
+        _check_window(op, window, sources)
+    else:
         window = _window(op, sources, given, ups, (weight.size(2), weight.size(3)), stride, padding, dilation)
     backend = _backends.choose(op, weight.device.type)
     dtype = _result_dtype(op, sources, weight, bias)
@@ -121,7 +124,20 @@ def partial_conv2d(
         fold = packed.fold
     elif fold is None or 2 not in ups:
         fold = 2 in ups and routes.fold(sources[0].size(0) * sources[0].size(2) * sources[0].size(3), "plain")
-    y = _convolve(backend, sources, planes, window.count, weight.to(inner), bias, geometry, activation, slope, batch_norm, fold, packed)
+    y = _convolve(
+        backend,
+        sources,
+        planes,
+        window.counts,
+        weight.to(inner),
+        bias,
+        geometry,
+        activation,
+        slope,
+        batch_norm,
+        fold,
+        packed,
+    )
     new_mask = window.mask.to(dtype if given is None else given[0].dtype)
     if multi_channel:
         new_mask = new_mask.expand(-1, weight.size(0), -1, -1)
@@ -142,8 +158,8 @@ def partial_upconv2d(
     window: Window | None = None,
     fold: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The decoder's step of the partial-convolution U-Net: nearest x2 of (x, mask), concatenated with (skip, skip_mask),
-    partial convolution with padding k // 2. Nothing upsampled or concatenated is stored.
+    """The decoder's step of the partial-convolution U-Net: nearest x2 of (x, mask), concatenation with (skip,
+    skip_mask), partial convolution with padding k // 2. Nothing upsampled or concatenated is stored.
 
     Args:
         x: (N, Cu, H, W). mask: (N or 1, 1 or Cu, H, W), 1 = valid, 0 = hole.
@@ -163,7 +179,8 @@ def partial_upconv2d(
     """
     op = "partial_upconv2d"
     k = weight.size(2) if weight.dim() == 4 else 0
-    _require(k % 2 == 1 and weight.size(3) == k, op, "weight", "(O, Cu + Cs, k, k) with k odd", tuple(weight.shape))
+    if k % 2 == 0 or weight.size(3) != k:
+        raise error(op, "weight", "(O, Cu + Cs, k, k) with k odd", tuple(weight.shape))
     return partial_conv2d(
         [x, skip],
         [mask, skip_mask],
@@ -201,15 +218,32 @@ def partial_window(
 
     >>> import torch
     >>> from fused_inpaint import ops
-    >>> ops.partial_window(torch.ones(1, 1, 4, 4), 3, 3, padding=1).count[0, 0, 0].tolist()
+    >>> ops.partial_window(torch.ones(1, 1, 4, 4), 3, 3, padding=1).counts[0, 0, 0].tolist()
     [12, 18, 18, 12]
     """
     op = "partial_window"
     masks = [mask] if isinstance(mask, Tensor) else list(mask)
     counts = [channels] if isinstance(channels, int) else list(channels)
     ups = [upsample] * len(masks) if isinstance(upsample, int) else list(upsample)
-    kernel = _pair(op, "kernel_size", kernel_size, 1)
-    stride, padding, dilation = _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
+    if not len(masks) == len(counts) == len(ups) > 0:
+        raise error(op, "mask, channels and upsample", "of one length", f"{len(masks)}, {len(counts)} and {len(ups)}")
+    for m, c in zip(masks, counts, strict=True):
+        if m.dim() != 4 or m.size(1) not in (1, c):
+            raise error(op, "mask", f"(N, 1, H, W) or (N, {c}, H, W)", tuple(m.shape))
+        check_mask_type(op, m)
+    for m, up in zip(masks, ups, strict=True):
+        if (m.size(2) * up, m.size(3) * up) != (masks[0].size(2) * ups[0], masks[0].size(3) * ups[0]):
+            raise error(op, "mask", "of one size after upsampling", tuple(m.shape))
+    kernel = pair(op, "kernel_size", kernel_size, 1)
+    stride, padding, dilation = (
+        pair(op, "stride", stride, 1),
+        pair(op, "padding", padding, 0),
+        pair(op, "dilation", dilation, 1),
+    )
+    for d in (0, 1):
+        size = masks[0].size(2 + d) * ups[0]
+        if output_size(size, kernel[d], stride[d], padding[d], dilation[d]) < 1:
+            raise error(op, "mask", f"at least as large as the kernel {kernel}", tuple(masks[0].shape))
     return _count(op, [_plane(op, m) for m in masks], counts, ups, kernel, stride, padding, dilation)
 
 
@@ -237,13 +271,23 @@ def _convolve(
         if scale.requires_grad and torch.is_grad_enabled():
             # The kernels take the scale as a constant; a trained one is a factor of the weight.
             weight, scale = weight * scale.to(weight.dtype).view(-1, 1, 1, 1), None
+    scale = None if scale is None else scale.to(_wide(weight))
+    bias = None if bias is None else bias.to(_wide(weight))
     with _no_autocast(weight):
         if backend == "reference":
-            return reference.partial_conv2d(
-                sources, planes, count, weight, bias, scale, *geometry, activation, slope
-            )
+            return reference.partial_conv2d(sources, planes, count, weight, bias, scale, *geometry, activation, slope)
         y: Tensor = ops.partial_conv2d(
-            sources, planes, count, weight, bias, scale, *geometry, activation, slope, fold, list(packed.weights) if packed else []
+            sources,
+            planes,
+            count,
+            weight,
+            bias,
+            scale,
+            *geometry,
+            activation,
+            slope,
+            fold,
+            list(packed.weights) if packed else [],
         )
         return y
 
@@ -261,8 +305,10 @@ def _convolve_and_normalise(
     fold: bool,
 ) -> Tensor:
     values = sources[0].size(0) * count.size(2) * count.size(3)
-    _require(values != 1, "partial_conv2d", "batch statistics", "over more than one value per channel", values)
-    arguments = (sources, planes, count, weight, norm.weight, norm.bias, norm.eps, *geometry, activation, slope)
+    if values == 1:
+        raise error("partial_conv2d", "x", "more than one value per channel for batch statistics", 1)
+    gain, shift = norm.weight.to(_wide(weight)), norm.bias.to(_wide(weight))
+    arguments = (sources, planes, count, weight, gain, shift, norm.eps, *geometry, activation, slope)
     with _no_autocast(weight):
         if backend == "reference":
             y, mean, var = reference.partial_conv2d_bn(*arguments)
@@ -274,6 +320,10 @@ def _convolve_and_normalise(
             unbiased = var * (values / (values - 1))
             norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
     return y
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -288,8 +338,8 @@ def _result_dtype(op: str, sources: list[Tensor], weight: Tensor, bias: Tensor |
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     for name, t in [("weight", weight), ("bias", bias)]:
-        if t is not None:
-            _require(t.dtype == sources[0].dtype, op, name, f"{sources[0].dtype} as x", t.dtype)
+        if t is not None and t.dtype != sources[0].dtype:
+            raise error(op, name, f"{sources[0].dtype} as x", t.dtype)
     return sources[0].dtype
 
 
@@ -306,9 +356,10 @@ def _window(
     if masks is None:
         planes = [torch.ones((1, 1, *s.shape[2:]), dtype=torch.uint8, device=s.device) for s in sources]
     else:
-        _require(len(masks) == len(sources), op, "mask", f"a sequence of {len(sources)}, one for each x", len(masks))
+        if len(masks) != len(sources):
+            raise error(op, "mask", f"a sequence of {len(sources)}, one for each x", len(masks))
         for source, mask in zip(sources, masks, strict=True):
-            _check_mask(op, source, mask)
+            check_mask(op, mask, source)
         planes = [_plane(op, m) for m in masks]
     return _count(op, planes, [s.size(1) for s in sources], upsample, kernel, stride, padding, dilation)
 
@@ -333,20 +384,20 @@ def _count(
 
 def _plane(op: str, mask: Tensor) -> Tensor:
     """The mask as bytes, checked to hold nothing but 0 and 1 where looking costs no synchronisation."""
-    backend = _backends.choose(op, mask.device.type)
-    if torch.compiler.is_compiling() and backend == "reference":
-        return (mask != 0).to(torch.uint8)
-    if backend == "reference":
-        odd = mask[(mask != 0) & (mask != 1)] if mask.device.type == "cpu" else mask[:0]
-        _require(odd.numel() == 0, op, "mask", "0 or 1 everywhere", odd.flatten()[0].item() if odd.numel() else None)
+    if _backends.choose(op, mask.device.type) == "reference":
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            odd = mask[(mask != 0) & (mask != 1)]
+            if odd.numel():
+                raise error(op, "mask", "0 or 1 everywhere", odd[0].item())
         return (mask != 0).to(torch.uint8)
     if torch.compiler.is_compiling():
         plane: Tensor = ops.mask_plane(mask, op)
         return plane
     try:
-        return ops.mask_plane(mask, op)  # type: ignore[no-any-return]
-    except RuntimeError as error:
-        sentence = str(error).splitlines()[0]
+        return ops.mask_plane(mask, op)
+    except RuntimeError as failure:
+        # The kernel's own sentence, without the source line that torch puts before it.
+        sentence = str(failure).splitlines()[0]
         raise ValueError(sentence[max(sentence.find(f"{op}: "), 0) :]) from None
 
 
@@ -364,65 +415,56 @@ def _check(
     slope: float,
     norm: BatchNorm | None,
 ) -> None:
-    _require(len(sources) > 0, op, "x", "a tensor or a sequence of at least one", "none")
-    _require(
-        len(upsample) == len(sources) and all(u in (1, 2) for u in upsample),
-        op, "upsample", f"1 or 2 for each of {len(sources)} sources", upsample,
-    )  # fmt: skip
-    first = sources[0]
+    if not sources:
+        raise error(op, "x", "a tensor or a sequence of at least one", "none")
+    if len(upsample) != len(sources) or not all(u in (1, 2) for u in upsample):
+        raise error(op, "upsample", f"1 or 2 for each of {len(sources)} sources", upsample)
     for s in sources:
-        _require(s.dim() == 4, op, "x", "(N, C, H, W)", tuple(s.shape))
-        _require(s.dtype in _FLOATS, op, "x", "float32, float64, float16 or bfloat16", s.dtype)
-        _require(s.dtype == first.dtype and s.device == first.device, op, "x", f"all {first.dtype} on {first.device}",
-                 f"{s.dtype} on {s.device}")  # fmt: skip
-        _require(s.numel() < _LIMIT, op, "x", "smaller than 2^31 elements", tuple(s.shape))
-    size = [(s.size(0), s.size(2) * u, s.size(3) * u) for s, u in zip(sources, upsample, strict=True)]
-    for s in size:
-        _require(s == size[0], op, "x", f"of one batch and size {size[0]} after upsampling", s)
-    _require(weight.dim() == 4, op, "weight", "(O, C / groups, kh, kw)", tuple(weight.shape))
-    _require(weight.device == first.device, op, "weight", f"on {first.device} as x", weight.device)
-    channels = sum(s.size(1) for s in sources)
-    _require(isinstance(groups, int) and groups >= 1 and (groups == 1 or len(sources) == 1),
-             op, "groups", "a positive int, 1 with several sources", groups)  # fmt: skip
-    _require(weight.size(1) * groups == channels, op, "weight",
-             f"({weight.size(0)}, {channels // groups}, {weight.size(2)}, {weight.size(3)}) for x of {channels} channels "
-             f"and groups={groups}", tuple(weight.shape))  # fmt: skip
-    _require(weight.size(0) % groups == 0, op, "weight", f"of a multiple of {groups} outputs", tuple(weight.shape))
-    if bias is not None:
-        _require(bias.shape == (weight.size(0),), op, "bias", (weight.size(0),), tuple(bias.shape))
-        _require(norm is None, op, "bias", "None with batch_norm", "a tensor")
+        check_feature_map(op, "x", s, sources[0])
+    n, h, w = sources[0].size(0), sources[0].size(2) * upsample[0], sources[0].size(3) * upsample[0]
+    for s, up in zip(sources, upsample, strict=True):
+        if s.size(0) != n or s.size(2) * up != h or s.size(3) * up != w:
+            raise error(op, "x", f"({n}, C, {h}, {w}) after upsampling", tuple(s.shape))
+    if not isinstance(groups, int) or groups < 1 or (groups > 1 and len(sources) > 1):
+        raise error(op, "groups", "a positive int, 1 with several sources", groups)
+    _check_weight(op, weight, sum(s.size(1) for s in sources), groups, sources[0])
+    outputs, _, *kernel = weight.shape
+    if bias is not None and bias.shape != (outputs,):
+        raise error(op, "bias", f"({outputs},)", tuple(bias.shape))
     if norm is not None:
-        _require(norm.weight.shape == (weight.size(0),), op, "batch_norm", f"of {weight.size(0)} channels", tuple(norm.weight.shape))
-        _require(norm.training or norm.running_mean is not None, op, "batch_norm", "training or with running statistics", "neither")
-    out = [output_size(size[0][1 + d], weight.size(2 + d), stride[d], padding[d], dilation[d]) for d in (0, 1)]
-    _require(out[0] > 0 and out[1] > 0, op, "x", f"at least as large as the kernel {tuple(weight.shape[2:])}", size[0][1:])
-    _require(size[0][0] * weight.size(0) * out[0] * out[1] < _LIMIT, op, "output", "smaller than 2^31 elements",
-             (size[0][0], weight.size(0), *out))  # fmt: skip
-    _require(activation in ("none", "relu", "leaky_relu"), op, "activation", "none, relu or leaky_relu", activation)
-    _require(slope >= 0, op, "slope", "0 or more", slope)
+        if bias is not None:
+            raise error(op, "bias", "None with batch_norm", "a tensor")
+        if norm.weight.shape != (outputs,):
+            raise error(op, "batch_norm", f"of {outputs} channels", tuple(norm.weight.shape))
+        if not norm.training and (norm.running_mean is None or norm.running_var is None):
+            raise error(op, "batch_norm", "training or with running statistics", "neither")
+    out = [output_size((h, w)[d], kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1)]
+    if out[0] < 1 or out[1] < 1:
+        raise error(op, "x", f"at least as large as the kernel {tuple(kernel)}", (h, w))
+    if n * outputs * out[0] * out[1] >= LIMIT:
+        raise error(op, "output", "smaller than 2^31 elements", (n, outputs, *out))
+    if activation not in ("none", "relu", "leaky_relu"):
+        raise error(op, "activation", "none, relu or leaky_relu", activation)
+    if slope < 0:
+        raise error(op, "slope", "0 or more", slope)
     if 2 in upsample:
-        k = weight.size(2)
-        same = weight.size(3) == k and k % 2 == 1 and padding == (k // 2, k // 2) and stride == (1, 1) == dilation
-        _require(same, op, "upsample", "1 unless the kernel is odd, square, stride 1 and padded by k // 2", upsample)
+        k = kernel[0]
+        if kernel[1] != k or k % 2 == 0 or padding != (k // 2, k // 2) or stride != (1, 1) or dilation != (1, 1):
+            raise error(op, "upsample", "1 unless the kernel is odd, square, stride 1 and padded by k // 2", upsample)
 
 
-def _check_mask(op: str, x: Tensor, mask: Tensor) -> None:
-    n, c, h, w = x.shape
-    fits = mask.dim() == 4 and mask.shape[2:] == x.shape[2:] and mask.size(0) in (n, 1) and mask.size(1) in (c, 1)
-    _require(fits, op, "mask", f"({n}, 1, {h}, {w}) or ({n}, {c}, {h}, {w})", tuple(mask.shape))
-    _require(mask.dtype in _MASKS, op, "mask", "uint8, bool or float", mask.dtype)
-    _require(mask.device == x.device, op, "mask", f"on {x.device} as x", mask.device)
+def _check_weight(op: str, weight: Tensor, channels: int, groups: int, x: Tensor) -> None:
+    if weight.dim() != 4:
+        raise error(op, "weight", "(O, C / groups, kh, kw)", tuple(weight.shape))
+    if weight.device != x.device:
+        raise error(op, "weight", f"on {x.device} as x", weight.device)
+    if weight.size(1) * groups != channels or weight.size(0) % groups:
+        expected = f"(a multiple of {groups}, {channels} / {groups}, kh, kw) for x of {channels} channels"
+        raise error(op, "weight", expected, tuple(weight.shape))
 
 
-def _pair(op: str, name: str, value: Pair, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    _require(
-        len(pair) == 2 and all(isinstance(v, int) and v >= least for v in pair),
-        op, name, f"an int or two of at least {least}", value,
-    )  # fmt: skip
-    return pair[0], pair[1]
-
-
-def _require(holds: bool, op: str, argument: str, expected: object, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
+def _check_window(op: str, window: Window, sources: list[Tensor]) -> None:
+    if len(window.planes) != len(sources):
+        raise error(op, "window", f"of {len(sources)} masks", len(window.planes))
+    for plane, source in zip(window.planes, sources, strict=True):
+        check_mask(op, plane, source)

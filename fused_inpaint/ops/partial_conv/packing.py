@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights folded and brought into oneDNN's blocked layout ahead of time, for inference on the CPU.
 
-The deep layers of a U-Net spend most of their time on reordering their weights, anew in every call. oneDNN's own packing
-is reached through torch's operators for compiled graphs, which are not a public interface: where they are missing,
+The deep layers of a U-Net spend most of their time on reordering their weights, anew in every call. oneDNN's packing is
+reached through torch's operators for compiled graphs, which are not a public interface: where they are missing,
 nothing is packed and the layers run as they are.
 """
 
@@ -23,10 +23,10 @@ class PackedWeight(NamedTuple):
 
 
 def fold_weight(weight: Tensor) -> Tensor:
-    """The kernel of the low-resolution convolution that equals nearest x2, then `weight` (O, C, k, k) with padding k // 2.
+    """The kernel of the low-resolution convolution that equals nearest x2, then `weight` (O, C, k, k), padded by k // 2.
 
-    Returns (4 O, C, t, t), t = (k + 1) // 2, phases (row parity, column parity) first. Output row 2 i + a reads low rows
-    i + floor((a - k // 2 + u) / 2) for the taps u; taps that meet in a row are added.
+    Returns (4 O, C, t, t), t = (k + 1) // 2, phases (row parity, column parity) first. Output row 2 i + a reads low
+    rows i + floor((a - k // 2 + u) / 2) for the taps u; taps that meet in a row are added.
     """
     outputs, channels, k, _ = weight.shape
     taps = (k + 1) // 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which form of the decoder's convolution is fastest on the CPU, by size: a table measured by benchmarks/tune_routes.py."""
+"""Which form of the decoder's convolution is fastest on the CPU, by size: a table made by benchmarks/tune_routes.py."""
 
 import json
 from pathlib import Path

@@ -33,7 +33,8 @@ def _window_fake(masks, channels, upsample, kernel_size, stride, padding, dilati
     for m in masks:
         batch = m.size(0) if isinstance(batch, int) and batch == 1 else batch
     height, width = (
-        output_size(masks[0].size(2 + d) * upsample[0], kernel_size[d], stride[d], padding[d], dilation[d]) for d in (0, 1)
+        output_size(masks[0].size(2 + d) * upsample[0], kernel_size[d], stride[d], padding[d], dilation[d])
+        for d in (0, 1)
     )
     count = masks[0].new_empty((batch, 1, height, width), dtype=torch.int32)
     return count, torch.empty_like(count, dtype=torch.uint8)
@@ -107,7 +108,7 @@ def _conv_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     sources, masks, (count, weight, bias, scale, output) = _saved(ctx)
-    _, _, need_count, need_weight, need_bias, need_scale = ctx.needs_input_grad[:6]
+    _, _, _, need_weight, need_bias, need_scale = ctx.needs_input_grad[:6]
     need_sources = any(s.requires_grad for s in sources)
     if need_scale:
         raise RuntimeError("partial_conv2d: scale must not require a gradient here; multiply the weight by it instead")
@@ -152,18 +153,18 @@ def _bn_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Ten
     ctx.rest = rest
 
 
-def _bn_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _bn_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     sources, masks, (count, weight, norm_weight, norm_bias, conv, mean, var) = _saved(ctx)
     _, _, _, need_weight, need_gain, need_shift = ctx.needs_input_grad[:6]
     need_sources = any(s.requires_grad for s in sources)
-    none = ([None] * len(sources), [None] * len(masks), None, None, None, None, *[None] * len(ctx.rest))
+    none: Any = ([None] * len(sources), [None] * len(masks), None, None, None, None, *[None] * len(ctx.rest))
     if grad is None:
         return none
     grad_sources: Any
     if _wants_graph():
         with torch.enable_grad():
-            y, _, _ = reference.partial_conv2d_bn(sources, masks, count, weight, norm_weight, norm_bias, *ctx.rest[:-1])
             inputs = [*sources, weight, norm_weight, norm_bias]
+            y = reference.partial_conv2d_bn(sources, masks, count, weight, norm_weight, norm_bias, *ctx.rest[:-1])[0]
             *grad_sources, grad_weight, grad_gain, grad_shift = _reference_gradients(y, inputs, grad)
     else:
         grad_sources, grad_weight, grad_gain, grad_shift = ops.partial_conv2d_bn_backward(
