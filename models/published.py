@@ -34,7 +34,7 @@ def load_published(
         config: what no checkpoint records, as in `build_model`: upsampling="bilinear" where the file was trained so.
 
     Returns:
-        The model in eval mode; `model.net` is called as the published module is.
+        The model in eval mode, float32 (float64 if the file is); `model.net` is called as the published module is.
 
     Raises:
         ValueError: an unknown key, source or part, a file that is not a checkpoint, or keys and shapes that do not fit
@@ -97,6 +97,8 @@ def _load(model: torch.nn.Module, state: Mapping[str, Tensor], names: Mapping[st
     told += [f"{names.get(k, k)} of {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in shaped[:1]]
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shaped)} mis-shaped"
     _require(not told, "checkpoint", "a state dict of this network", f"{'; '.join(told)} ({counts})")
+    if any(v.dtype == torch.float64 for v in state.values()):
+        model.double()
     model.load_state_dict(dict(state), strict=False)
 
 
