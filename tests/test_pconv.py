@@ -135,7 +135,7 @@ def test_any_size(backend: str, size: tuple[int, int]) -> None:
     mask[..., 0, 0] = 1
     out = model(image, mask)
     assert out.image.shape == image.shape and out.mask.shape == mask.shape
-    assert 0 <= out.image.min() and out.image.max() <= 1
+    assert out.image.min() >= 0 and out.image.max() <= 1
     filled = model.inpaint(image, mask)
     known = mask.expand_as(image) == 1
     assert torch.equal(filled[known], image[known])
@@ -224,7 +224,9 @@ def test_prepacked_weights_follow_their_source() -> None:
             assert not torch.allclose(before, after)
         copies = [copy.deepcopy(m) for m in (layer, up)]
         second = outputs()
-        assert torch.equal(copies[0](x, mask), second[0]) and torch.equal(copies[1](x, mask, skip, skip_mask)[0], second[1])
+        assert torch.equal(copies[0](x, mask), second[0]) and torch.equal(
+            copies[1](x, mask, skip, skip_mask)[0], second[1]
+        )
         prepack(layer, enabled=False)
         torch.testing.assert_close(layer(x, mask), second[0], rtol=1e-5, atol=1e-5)
     with use_backend("reference"), torch.no_grad():

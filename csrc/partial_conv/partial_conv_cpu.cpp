@@ -99,6 +99,14 @@ struct Numerator {
   std::optional<Tensor> sum, phases;
 };
 
+// The geometry comes from the caller, so the sizes that it gives are not taken on trust.
+void check_numerator(const Numerator& numerator, const std::vector<int64_t>& size, int64_t shift, ScalarType dtype) {
+  if (numerator.sum) check_map("the convolution", *numerator.sum, size, dtype);
+  if (numerator.phases)
+    check_map("the folded convolution", *numerator.phases,
+              {size[0], 4 * size[1], size[2] / 2 + shift, size[3] / 2 + shift}, dtype);
+}
+
 Numerator convolve(const Operands& o, bool packed) {
   Numerator out;
   for (size_t i = 0; i < o.x.size(); ++i) {
@@ -214,7 +222,7 @@ Tensor partial_conv2d_cpu(std::vector<Tensor> sources, std::vector<Tensor> masks
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, packed);
   const Numerator numerator = convolve(o, !packed.empty());
   Tensor y = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
-  check_map("the convolution", y, size, dtype);
+  check_numerator(numerator, size, shift_of(weight), dtype);
   const Output out = describe_output(y, count, window_of(sources, weight), activation, slope);
   epilogue(y, numerator.sum.has_value(), numerator.phases ? &*numerator.phases : nullptr, shift_of(weight), out,
            scale ? *scale : constant(1, outputs, dtype, y), bias ? *bias : constant(0, outputs, dtype, y));
@@ -263,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn_cpu(std::vector<Ten
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
   const Numerator numerator = convolve(o, false);
   Tensor conv = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
-  check_map("the convolution", conv, size, dtype);
+  check_numerator(numerator, size, shift_of(weight), dtype);
   const Output out = describe_output(conv, count, window_of(sources, weight), activation, slope);
   batch_statistics(conv, numerator.sum.has_value(), numerator.phases ? &*numerator.phases : nullptr, shift_of(weight),
                    out, mean, var);

@@ -145,13 +145,14 @@ void for_blocks(const Blocks& blocks, F&& body) {
 }
 
 template <typename T, Activation kind>
-FUSED_INPAINT_CLONES void epilogue_backward_block(const T* grad, const T* y, Output out, const acc_t<T>* scale,
-                                                  T* grad_conv, acc_t<T>* bias_sum, int64_t begin, int64_t end) {
+FUSED_INPAINT_CLONES void epilogue_backward_block(const T* grad, const T* y, Output out,
+                                                  const acc_t<T>* __restrict scale, T* grad_conv,
+                                                  acc_t<T>* __restrict bias_sum, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const A slope = static_cast<A>(out.slope);
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const A ratio = out.template ratio<A>(pixel);
-    T* g = grad_conv + pixel * out.c;
+    T* __restrict g = grad_conv + pixel * out.c;
     if (ratio == 0) {
       std::memset(g, 0, out.c * sizeof(T));
       continue;
@@ -167,13 +168,13 @@ FUSED_INPAINT_CLONES void epilogue_backward_block(const T* grad, const T* y, Out
 
 // Mean and sum of squared deviations of one block, in two sweeps over data that the first has brought into the cache.
 template <typename T, bool from_y, bool from_phases>
-FUSED_INPAINT_CLONES void moments_block(T* conv, const T* phases, Phases at, Output out, acc_t<T>* mean, acc_t<T>* m2,
-                                        int64_t begin, int64_t end) {
+FUSED_INPAINT_CLONES void moments_block(T* conv, const T* phases, Phases at, Output out, acc_t<T>* __restrict mean,
+                                        acc_t<T>* __restrict m2, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   std::fill(mean, mean + out.c, A(0));
   std::fill(m2, m2 + out.c, A(0));
   for (int64_t pixel = begin; pixel < end; ++pixel) {
-    T* v = conv + pixel * out.c;
+    T* __restrict v = conv + pixel * out.c;
     const A ratio = out.template ratio<A>(pixel);
     if constexpr (from_phases) {
       const T* f = phases + at.row(pixel / out.w, out.h) + at.column(pixel % out.w);
@@ -209,13 +210,14 @@ struct Norm {
 };
 
 template <typename T, Activation kind>
-FUSED_INPAINT_CLONES void batch_norm_rows(const T* conv, Output out, const acc_t<T>* mean, const acc_t<T>* gain,
-                                          const acc_t<T>* bias, T* y, int64_t begin, int64_t end) {
+FUSED_INPAINT_CLONES void batch_norm_rows(const T* conv, Output out, const acc_t<T>* __restrict mean,
+                                          const acc_t<T>* __restrict gain, const acc_t<T>* __restrict bias, T* y,
+                                          int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const A slope = static_cast<A>(out.slope);
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const A ratio = out.template ratio<A>(pixel);
-    T* o = y + pixel * out.c;
+    T* __restrict o = y + pixel * out.c;
     if (ratio == 0) {
       std::memset(o, 0, out.c * sizeof(T));
       continue;
@@ -228,9 +230,10 @@ FUSED_INPAINT_CLONES void batch_norm_rows(const T* conv, Output out, const acc_t
 
 // Sums over a block of g = dL/d(normalised and affine) and of g * x_hat.
 template <typename T, Activation kind>
-FUSED_INPAINT_CLONES void norm_sums_block(const T* grad, const T* conv, Output out, const acc_t<T>* mean,
-                                          const acc_t<T>* inverse, const acc_t<T>* weight, const acc_t<T>* bias,
-                                          acc_t<T>* sum, acc_t<T>* dot, int64_t begin, int64_t end) {
+FUSED_INPAINT_CLONES void norm_sums_block(const T* grad, const T* conv, Output out, const acc_t<T>* __restrict mean,
+                                          const acc_t<T>* __restrict inverse, const acc_t<T>* __restrict weight,
+                                          const acc_t<T>* __restrict bias, acc_t<T>* __restrict sum,
+                                          acc_t<T>* __restrict dot, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const A slope = static_cast<A>(out.slope);
   std::fill(sum, sum + out.c, A(0));
@@ -249,15 +252,16 @@ FUSED_INPAINT_CLONES void norm_sums_block(const T* grad, const T* conv, Output o
 }
 
 template <typename T, Activation kind>
-FUSED_INPAINT_CLONES void norm_gradient_rows(const T* grad, const T* conv, Output out, const acc_t<T>* mean,
-                                             const acc_t<T>* inverse, const acc_t<T>* weight, const acc_t<T>* bias,
-                                             const acc_t<T>* mean_g, const acc_t<T>* mean_dot, T* grad_conv,
-                                             int64_t begin, int64_t end) {
+FUSED_INPAINT_CLONES void norm_gradient_rows(const T* grad, const T* conv, Output out, const acc_t<T>* __restrict mean,
+                                             const acc_t<T>* __restrict inverse, const acc_t<T>* __restrict weight,
+                                             const acc_t<T>* __restrict bias, const acc_t<T>* __restrict mean_g,
+                                             const acc_t<T>* __restrict mean_dot, T* grad_conv, int64_t begin,
+                                             int64_t end) {
   using A = acc_t<T>;
   const A slope = static_cast<A>(out.slope);
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const A ratio = out.template ratio<A>(pixel);
-    T* o = grad_conv + pixel * out.c;
+    T* __restrict o = grad_conv + pixel * out.c;
     if (ratio == 0) {
       std::memset(o, 0, out.c * sizeof(T));
       continue;

@@ -58,6 +58,8 @@ def prepack(module: nn.Module, enabled: bool = True) -> nn.Module:
 def _packed(layer: "PartialConv2d | PartialUpConv2d", sources: Sequence[Tensor], *geometry: Any) -> PackedWeight | None:
     if layer._prepacked is None or layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
+    if layer.weight.is_inference():  # made under inference_mode: nothing would tell when it changes
+        return None
     return layer._prepacked.get(layer.weight, [s.shape for s in sources], *geometry)
 
 

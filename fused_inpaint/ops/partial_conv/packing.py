@@ -23,7 +23,7 @@ class PackedWeight(NamedTuple):
 
 
 def fold_weight(weight: Tensor) -> Tensor:
-    """The kernel of the low-resolution convolution that equals nearest x2, then `weight` (O, C, k, k), padded by k // 2.
+    """The kernel of the low-resolution convolution that equals nearest x2, then `weight` (O, C, k, k).
 
     Returns (4 O, C, t, t), t = (k + 1) // 2, phases (row parity, column parity) first. Output row 2 i + a reads low
     rows i + floor((a - k // 2 + u) / 2) for the taps u; taps that meet in a row are added.
@@ -51,12 +51,14 @@ def pack(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    fold: bool | None = None,
 ) -> PackedWeight | None:
     """Pack a layer's weight for sources of the given (N, C, H, W); None where there is nothing to pack with."""
     if not _available() or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     n, _, h, w = sizes[0]
-    fold = 2 in upsample and routes.fold(n * h * w, "packed")
+    if fold is None:
+        fold = 2 in upsample and routes.fold(n * h * w, "packed")
     if not fold:
         whole = [n, sum(s[1] for s in sizes), h * upsample[0], w * upsample[0]]
         return PackedWeight(False, (_reorder(weight, padding, stride, dilation, groups, whole),))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of one rival's training step, in a process of its own: `python memory_probe.py FORM SIDE BATCH`.
+
+CPU tensors pass through no allocator that counts them, and counting tensors would miss what oneDNN takes for
+itself. So this reads the kernel's high-water mark of resident memory. To make that mark follow the live tensors,
+glibc is told to map every block above 64 KiB by itself and to give it back when it is freed. "peak" is the mark
+above what the process held before the network existed (parameters, gradients, optimiser and activations, as
+torch.cuda.max_memory_allocated would count them); "step" is the mark above what stays between steps. One step has
+been taken before, so that optimiser state and library buffers are there.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (high water) in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"memory_probe: /proc/self/status must have {field}")
+
+
+def reset_high_water() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def main(form: str, side: int, batch: int, layout: str = "channels_last") -> dict[str, float]:
+    import torch
+    from harness import THREADS
+    from rivals import TrainingStep, fresh_network
+
+    torch.set_num_threads(THREADS)
+    # Library code and thread stacks become resident on first use: a miniature step uses them before the count begins.
+    TrainingStep(fresh_network(form, layout, levels=2, width=16), 64, batch, layout)()
+    gc.collect()
+    before = resident("VmRSS")
+    step = TrainingStep(fresh_network(form, layout), side, batch, layout)
+    step()
+    step.optimizer.zero_grad()
+    gc.collect()
+    between = resident("VmRSS")
+    reset_high_water()
+    step()
+    peak = resident("VmHWM")
+    return {"peak": peak - before, "step": peak - between, "kept": between - before}
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])))

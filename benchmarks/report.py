@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark run prints and saves: the machine, every rival's times, and each promised figure beside its bar."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import SMOKE, THREADS, Record, geometric_mean, percentiles
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+Records = dict[str, Record]
+Figure = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promised figure: p20, median and p80 of it from the records, and the bound on the median."""
+
+    figure: str
+    sense: str
+    bound: float
+    value: Callable[[Records], Figure]
+
+    def holds(self, median: float) -> bool:
+        return median <= self.bound if self.sense == "<=" else median >= self.bound
+
+
+def mean_ratio(rows: list[str], kind: str, numerator: str, denominator: str) -> Callable[[Records], Figure]:
+    """Geometric mean over rows of a ratio (and of the two ends of its spread)."""
+
+    def value(records: Records) -> Figure:
+        ratios = [records[f"{row} {kind}"].ratio(numerator, denominator) for row in rows]
+        return tuple(geometric_mean([ratio[i] for ratio in ratios]) for i in range(3))
+
+    return value
+
+
+def quotient(row: str, numerator: str, denominator: str) -> Callable[[Records], Figure]:
+    """Ratio of two plain figures of one row (bytes), which have no spread."""
+
+    def value(records: Records) -> Figure:
+        extra = records[row].extra
+        ratio = extra[numerator] / extra[denominator]
+        return ratio, ratio, ratio
+
+    return value
+
+
+ENCODER = [f"enc{i}" for i in range(1, 9)]
+DECODER = [f"dec{i}" for i in range(1, 9)]
+ENCODER_2_5 = ["enc2", "enc3", "enc4", "enc5"]
+DECODER_64_256 = ["dec4", "dec3", "dec2"]  # output sides 64, 128, 256
+
+# fmt: off
+BARS = [
+    Bar("encoder layers 2-5 forward / plain conv", "<=", 1.10, mean_ratio(ENCODER_2_5, "forward", "ours", "plain")),
+    Bar("decoder layers 64, 128, 256 forward / (interpolate + cat + plain conv)", "<=", 0.58,
+        mean_ratio(DECODER_64_256, "forward", "ours", "plain")),
+    Bar("all 16 layers forward: full-channel / ours", ">=", 2.8,
+        mean_ratio(ENCODER + DECODER, "forward", "full-channel", "ours")),
+    Bar("encoder layers forward: NVIDIA one-channel / ours", ">=", 1.3,
+        mean_ratio(ENCODER, "forward", "nvidia", "ours")),
+    Bar("decoder layers forward: NVIDIA multi-channel / ours", ">=", 2.5,
+        mean_ratio(DECODER, "forward", "nvidia", "ours")),
+    Bar("encoder layers 2-5 forward+backward / plain conv", "<=", 1.12,
+        mean_ratio(ENCODER_2_5, "training", "ours", "plain")),
+    Bar("decoder layers 64, 128, 256 forward+backward / plain equivalent", "<=", 0.75,
+        mean_ratio(DECODER_64_256, "training", "ours", "plain")),
+    # Inference as `fused_inpaint.prepack` runs it, and below without that call.
+    Bar("U-Net 512 inference, prepacked: full-channel / ours", ">=", 4.3,
+        mean_ratio(["unet512"], "inference", "full-channel", "prepacked ours")),
+    Bar("U-Net 512 inference, prepacked: ours / plain NCHW", "<=", 0.45,
+        mean_ratio(["unet512"], "inference", "prepacked ours", "plain nchw")),
+    Bar("U-Net 512 inference, prepacked: ours / plain channels_last", "<=", 0.58,
+        mean_ratio(["unet512"], "inference", "prepacked ours", "plain channels_last")),
+    Bar("U-Net 256 inference, prepacked: ours / plain channels_last", "<=", 0.72,
+        mean_ratio(["unet256"], "inference", "prepacked ours", "plain channels_last")),
+    Bar("U-Net 512 inference, prepacked: ours in bf16 / ours in float32", "<=", 0.65,
+        mean_ratio(["unet512"], "bf16", "bf16 prepacked ours", "prepacked ours")),
+    Bar("U-Net 512 inference, as is: full-channel / ours", ">=", 4.3,
+        mean_ratio(["unet512"], "inference", "full-channel", "ours")),
+    Bar("U-Net 512 inference, as is: ours / plain channels_last", "<=", 0.58,
+        mean_ratio(["unet512"], "inference", "ours", "plain channels_last")),
+    Bar("U-Net 256 inference, as is: ours / plain channels_last", "<=", 0.72,
+        mean_ratio(["unet256"], "inference", "ours", "plain channels_last")),
+    Bar("U-Net 256 batch 2 training step: full-channel / ours", ">=", 1.8,
+        mean_ratio(["unet256"], "training", "full-channel", "ours")),
+    # Both readings of peak memory: with parameters and optimiser state, and without.
+    Bar("U-Net 256 batch 2 training step, peak memory: ours / full-channel", "<=", 0.6,
+        quotient("unet256 memory", "ours peak", "full-channel peak")),
+    Bar("... of it, above what stays between steps: ours / full-channel", "<=", 0.6,
+        quotient("unet256 memory", "ours step", "full-channel step")),
+]
+# fmt: on
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _backends() -> dict[str, str]:
+    """Backend -> "" or why it is not usable here."""
+    try:
+        from fused_inpaint import _backends
+
+        return _backends.status()
+    except ImportError as error:
+        return {"native": str(error)}
+
+
+def machine() -> dict[str, Any]:
+    """Where, when and on which code this ran."""
+    allocator = [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split(":") if name]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "dirty": bool(_git("status", "--porcelain")),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": THREADS,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backends": _backends(),
+        "preloaded": allocator,
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
+        "smoke": SMOKE,
+    }
+
+
+def header(facts: dict[str, Any]) -> list[str]:
+    dirty = " (with uncommitted changes)" if facts["dirty"] else ""
+    load = " ".join(f"{value:.1f}" for value in facts["load_average"])
+    usable = [name for name, reason in facts["backends"].items() if not reason]
+    missing = [f"{name}: {reason}" for name, reason in facts["backends"].items() if reason]
+    lines = [
+        f"{facts['date']}  commit {facts['commit']}{dirty}  torch {facts['torch']}, python {facts['python']}",
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['instructions']}, load {load}",
+        f"backends: {', '.join(usable) or 'none'}" + "".join(f"; {line.splitlines()[0]}" for line in missing),
+    ]
+    if "cpu" not in usable:
+        lines.append("NO COMPILED KERNELS: ours ran on the reference path, and no figure below is about them")
+    if SMOKE:
+        lines.append("SMOKE RUN: tiny shapes, two rounds; the times mean nothing")
+    return lines
+
+
+def row_lines(record: Record) -> list[str]:
+    """One line per rival: times in ms, and how many times ours it takes (above 1: ours is quicker)."""
+    lines = [record.name]
+    for name, samples in record.seconds.items():
+        low, median, high = (1e3 * value for value in percentiles(samples))
+        against = ""
+        if name != "ours" and "ours" in record.seconds:
+            pairs = zip(samples, record.seconds["ours"], strict=True)
+            a, b, c = percentiles([theirs / ours for theirs, ours in pairs])
+            against = f"{b:7.2f} x ours ({a:.2f}-{c:.2f})" + ("  ours loses" if b < 1 else "")
+        lines.append(f"  {name:<34}{low:10.3f} {median:10.3f} {high:10.3f}  {against}")
+    lines += [f"  {name:<34}{value:10.1f} MiB" for name, value in record.extra.items()]
+    return lines
+
+
+def bar_lines(records: Records) -> list[str]:
+    lines = [f"{'figure':<72} {'bar':>8} {'measured':>9}  {'p20-p80':<13}", "-" * 114]
+    for bar in BARS:
+        limit = f"{bar.sense} {bar.bound:.2f}"
+        try:
+            low, median, high = bar.value(records)
+        except KeyError:
+            lines.append(f"{bar.figure:<72} {limit:>8} {'-':>9}  {'':<13} not run")
+            continue
+        verdict = "smoke" if SMOKE else "holds" if bar.holds(median) else "MISSES"
+        lines.append(f"{bar.figure:<72} {limit:>8} {median:>9.3f}  {f'{low:.3f}-{high:.3f}':<13} {verdict}")
+    return lines
+
+
+def as_json(facts: dict[str, Any], records: Records) -> dict[str, Any]:
+    rows = {}
+    for name, record in records.items():
+        rivals = {}
+        for rival, samples in record.seconds.items():
+            low, median, high = (1e3 * value for value in percentiles(samples))
+            rivals[rival] = {"p20_ms": low, "median_ms": median, "p80_ms": high, "rounds": len(samples)}
+            rivals[rival]["largest_relative_difference"] = record.errors.get(rival)
+        rows[name] = {"rivals": rivals, **({"figures": record.extra} if record.extra else {})}
+    figures = []
+    for bar in BARS:
+        entry: dict[str, Any] = {"figure": bar.figure, "bar": f"{bar.sense} {bar.bound}"}
+        try:
+            low, median, high = bar.value(records)
+            entry |= {"p20": low, "measured": median, "p80": high, "holds": bar.holds(median)}
+        except KeyError:
+            entry["measured"] = None
+        figures.append(entry)
+    return {"machine": facts, "figures": figures, "rows": rows}
+
+
+def save(facts: dict[str, Any], records: Records) -> Path:
+    """Write benchmarks/results/partial_conv-<date>-<commit>.json; a later run of that day and commit replaces it."""
+    RESULTS.mkdir(exist_ok=True)
+    name = f"partial_conv-{facts['date'][:10]}-{facts['commit']}{'-dirty' if facts['dirty'] else ''}.json"
+    path = RESULTS / name
+    path.write_text(json.dumps(as_json(facts, records), indent=1) + "\n")
+    return path

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `fused-inpaint` command: one thin file per verb, whose run function imports what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import demo, info, inpaint
+from ._common import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    about = "Image inpainting on fused partial-convolution kernels."
+    root = argparse.ArgumentParser(prog="fused-inpaint", description=about)
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in (info, demo, inpaint):
+        verb.add(verbs)
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 something the user can put right (one sentence on stderr), 130 interrupted."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"fused-inpaint {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nfused-inpaint {arguments.verb}: interrupted, nothing written", file=sys.stderr)
+        return 130
+    return 0

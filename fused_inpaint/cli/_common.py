@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs share: the error a user sees, argument types, and a progress bar without a dependency."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from typing import TextIO
+
+
+class UserError(Exception):
+    """Something the user can put right; the text is one sentence."""
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
+    return int(text)
+
+
+class ProgressBar:
+    """`bar(fraction, text)`: a bar that redraws itself on a terminal, a line every ten seconds elsewhere."""
+
+    WIDTH = 30
+
+    def __init__(self, label: str, stream: TextIO | None = None) -> None:
+        self.label = label
+        self.stream = sys.stderr if stream is None else stream
+        self.terminal = self.stream.isatty()
+        self.interval = 0.1 if self.terminal else 10.0
+        self.started = self.last = time.monotonic()
+        self.drawn = False
+
+    def __call__(self, fraction: float, text: str) -> None:
+        now = time.monotonic()
+        if now - self.last < self.interval:
+            return
+        self.last = now
+        line = f"{self.label} {100 * fraction:3.0f} %  {text}  {now - self.started:.0f} s"
+        if self.terminal:
+            full = round(self.WIDTH * fraction)
+            line = f"\r[{'#' * full}{'.' * (self.WIDTH - full)}] {line}\x1b[K"
+        self.stream.write(line if self.terminal else line + "\n")
+        self.stream.flush()
+        self.drawn = self.terminal
+
+    def close(self) -> None:
+        if self.drawn:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+            self.drawn = False

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds, poisoned memory and the backends a test runs on."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from fused_inpaint import _backends, use_backend
+
+# cuBLAS is deterministic only with a workspace chosen before its first call.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# The same examples everywhere, in CI too.
+settings.register_profile("suite", derandomize=True, database=None, deadline=None)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty, in Python and in C++, gives NaN (integers: the largest), so that an unwritten value shows."""
+    former = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(former[0])
+    torch.utils.deterministic.fill_uninitialized_memory = former[1]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny calls, where waking a second thread costs more than the call."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[name for name, reason in _backends.status().items() if not reason])
+def backend(request: pytest.FixtureRequest, poisoned: None) -> Iterator[str]:
+    """The name of each backend usable here in turn, selected for the test's duration, with poisoned memory.
+
+    Those that are not are skipped once each, with the reason, by test_backends.py::test_usable.
+    """
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where the backend's tensors live."""
+    return torch.device("cpu" if backend in ("cpu", "reference") else "cuda")

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of a backend: by function, by context, by environment; and that a forced one never falls back."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused_inpaint
+from fused_inpaint import NoBackendError, _backends, ops, use_backend
+
+UNUSABLE = [name for name, reason in _backends.status().items() if reason]
+USABLE = [name for name, reason in _backends.status().items() if not reason]
+
+
+def call() -> torch.Tensor:
+    return ops.partial_conv2d(torch.ones(1, 2, 5, 5), torch.ones(1, 1, 5, 5), torch.ones(3, 2, 3, 3))[0]
+
+
+def test_status_names_every_backend() -> None:
+    status = _backends.status()
+    assert list(status) == [name for name in _backends.NAMES if name != "auto"]
+    assert status["reference"] == "" and all(isinstance(reason, str) for reason in status.values())
+
+
+@pytest.mark.parametrize("name", _backends.NAMES[1:])
+def test_usable(name: str) -> None:
+    """The tests of the operators run on these; what can't run here is skipped in this place, with its reason."""
+    if name in UNUSABLE:
+        pytest.skip(f"{name}: {_backends.status()[name]}")
+    assert name in USABLE
+
+
+@pytest.mark.skipif(not UNUSABLE, reason="every backend runs here")
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_forced_backend_says_why_it_cannot_run(name: str) -> None:
+    """In the words of status(), and without computing by another one."""
+    reason = _backends.status()[name]
+    sentence = f"partial_conv2d: backend must be able to run this call, got {name}: "
+    with use_backend(name), pytest.raises(NoBackendError, match=f"^{re.escape(sentence)}"):
+        call()
+    if name == "cpu":
+        assert reason.startswith("fused_inpaint: ") and "pip install" in reason
+
+
+def test_forced_backend_refuses_the_wrong_device() -> None:
+    if _backends.status()["cpu"]:
+        pytest.skip(_backends.status()["cpu"])
+    x, mask, weight = (torch.ones(size, device="meta") for size in [(1, 2, 5, 5), (1, 1, 5, 5), (3, 2, 3, 3)])
+    with use_backend("cpu"), pytest.raises(NoBackendError, match="it runs on CPU tensors, these are on meta"):
+        ops.partial_conv2d(x, mask, weight)
+
+
+def test_context_puts_the_former_choice_back() -> None:
+    with use_backend("reference"):
+        with use_backend("auto") as inner:
+            assert _backends._selected == "auto" and isinstance(inner, use_backend)
+        assert _backends._selected == "reference"
+        with pytest.raises(KeyError), use_backend("auto"):
+            raise KeyError
+        assert _backends._selected == "reference"
+    assert _backends._selected == os.environ.get("FUSED_INPAINT_BACKEND", "auto")
+
+
+def test_setter_stays() -> None:
+    former = _backends._selected
+    try:
+        use_backend("reference")
+        assert _backends.choose("partial_conv2d", "cpu") == "reference"
+    finally:
+        use_backend(former)
+
+
+def test_unknown_name_changes_nothing() -> None:
+    former = _backends._selected
+    sentence = "use_backend: name must be one of auto, reference, cpu, cuda, triton, got CPU"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        use_backend("CPU")
+    assert _backends._selected == former
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_the_chosen_backend_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is called when, and only when, it is chosen."""
+    from fused_inpaint.ops.partial_conv import reference
+
+    calls = []
+    genuine = reference.partial_conv2d
+    monkeypatch.setattr(reference, "partial_conv2d", lambda *a: calls.append(1) or genuine(*a))
+    device = "cpu" if name in ("cpu", "reference") else "cuda"
+    with use_backend(name):
+        ops.partial_conv2d(torch.ones(1, 2, 5, 5, device=device), None, torch.ones(3, 2, 3, 3, device=device))
+    assert bool(calls) == (name == "reference")
+
+
+def test_auto_prefers_the_kernels() -> None:
+    with use_backend("auto"):
+        assert _backends.choose("partial_conv2d", "cpu") == ("reference" if _backends.status()["cpu"] else "cpu")
+
+
+ENVIRONMENT = """
+import torch
+from fused_inpaint import ops
+try:
+    ops.partial_conv2d(torch.ones(1, 2, 5, 5), None, torch.ones(3, 2, 3, 3))
+    from fused_inpaint import _backends
+    print(_backends.choose("partial_conv2d", "cpu"))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    "value, printed",
+    [
+        ("reference", "^reference$"),
+        ("auto", "^(cpu|reference)$"),
+        ("fastest", r"^ValueError \S+: \S+ must be one of auto, reference, cpu, cuda, triton, got fastest$"),
+        *((name, rf"^NoBackendError partial_conv2d: .* got {name}: ") for name in UNUSABLE),
+    ],
+)
+def test_environment_variable(value: str, printed: str) -> None:
+    environment = {**os.environ, "FUSED_INPAINT_BACKEND": value}
+    run = subprocess.run([sys.executable, "-c", ENVIRONMENT], env=environment, capture_output=True, text=True)
+    assert re.search(printed, run.stdout.strip()), run.stdout + run.stderr
+
+
+def test_fresh_memory_is_poisoned(poisoned: None) -> None:
+    """What the op tests rely on to see an output that was not written."""
+    assert bool(torch.empty(5).isnan().all())
+
+
+def test_backends_are_public() -> None:
+    assert fused_inpaint.use_backend is use_backend and issubclass(fused_inpaint.NoBackendError, RuntimeError)

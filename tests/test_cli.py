@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a user meets it: exit codes, one sentence for each mistake, files whole or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fused_inpaint
+from fused_inpaint.cli import main
+from fused_inpaint.cli._common import ProgressBar
+
+HIGH, WIDE = 40, 52
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    down, across = np.mgrid[:HIGH, :WIDE]
+    picture = np.stack([5 * down, 4 * across, 2 * (down + across)], -1).astype(np.uint8)
+    Image.fromarray(picture).save("photo.png")
+    mask = np.zeros((HIGH, WIDE), np.uint8)
+    mask[10:16, 20:30] = 255
+    Image.fromarray(mask).save("mask.png")
+    return tmp_path
+
+
+def read(name: str) -> np.ndarray:
+    with Image.open(name) as image:
+        return np.asarray(image)
+
+
+def inpaint(*arguments: str) -> int:
+    return main(["inpaint", "photo.png", "--mask", "mask.png", "-o", "out.png", *arguments])
+
+
+def test_internal_learning_end_to_end(folder, capsys):
+    assert inpaint("--steps", "2") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("out.png: held-out known pixels: network ") and "-> kept " in printed.out
+    before, after = read("photo.png"), read("out.png")
+    hole = read("mask.png") > 0
+    np.testing.assert_array_equal(after[~hole], before[~hole])
+    assert np.abs(after[hole].astype(int) - before[hole]).max() < 12
+    assert sorted(os.listdir()) == ["mask.png", "out.png", "photo.png"]
+
+
+def test_black_holes(folder):
+    Image.fromarray(255 - read("mask.png")).save("mask.png")
+    assert inpaint("--steps", "1", "--hole", "black") == 0
+    before, after = read("photo.png"), read("out.png")
+    np.testing.assert_array_equal(after[:10], before[:10])
+
+
+def test_weights_are_one_forward_pass(folder, capsys):
+    torch.manual_seed(0)
+    model = fused_inpaint.models.build_model("pconv", levels=3, width=8).eval()
+    torch.save(model.state_dict(), "weights.pth")
+    assert inpaint("--weights", "weights.pth") == 0
+    assert "filled by pconv" in capsys.readouterr().out
+    before, after = read("photo.png"), read("out.png")
+    known = torch.from_numpy((read("mask.png") == 0).astype(np.float32))[None, None]
+    image = torch.from_numpy(before.astype(np.float32) / 255).permute(2, 0, 1)[None]
+    expected = (model.inpaint(image, known)[0].permute(1, 2, 0) * 255).round().numpy()
+    assert np.abs(after - expected).max() <= 1
+
+
+def test_hole_out_of_the_networks_reach_is_reported_and_filled(folder, capsys):
+    mask = np.full((HIGH, WIDE), 255, np.uint8)
+    mask[:2, :2] = 0
+    Image.fromarray(mask).save("mask.png")
+    model = fused_inpaint.models.build_model("pconv", levels=1, width=4).eval()
+    torch.save(model.state_dict(), "weights.pth")
+    assert inpaint("--weights", "weights.pth") == 0
+    assert "out of the network's reach" in capsys.readouterr().out
+    assert read("out.png")[-1, -1].max() < 20  # the four known pixels are dark
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("absent.png", "--mask", "mask.png", "-o", "out.png"), "photo must be an existing file, got absent.png"),
+        (("photo.png", "--mask", "small.png", "-o", "out.png"), "mask must be 52x40 pixels like the photo, got 5x5"),
+        (("photo.png", "--mask", "mask.png", "-o", "out.jpg"), "try out.png"),
+        (("photo.png", "--mask", "mask.png", "-o", "no/out.png"), "output must be in an existing folder"),
+        (("photo.png", "--mask", "mask.png", "-o", "photo.png"), "output must be another file than the inputs"),
+        (
+            ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "none.pth"),
+            "path must be an existing file",
+        ),
+        (("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "mask.png"), "path must be a checkpoint"),
+    ],
+    ids=["photo", "mask size", "jpg", "folder", "overwrite", "no weights", "bad weights"],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(folder, capsys, arguments, sentence):
+    Image.new("L", (5, 5)).save("small.png")
+    before = {name: (folder / name).read_bytes() for name in os.listdir()}
+    assert main(["inpaint", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fused-inpaint inpaint: ") and sentence in error and error.count("\n") == 1
+    assert {name: (folder / name).read_bytes() for name in os.listdir()} == before
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--seconds", "nan"], ["--steps", "-1"], ["--hole", "grey"]])
+def test_bad_arguments_exit_with_2(folder, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        inpaint(*arguments)
+    assert stop.value.code == 2 and "fused-inpaint inpaint: error: argument" in capsys.readouterr().err
+
+
+def test_interrupt_leaves_nothing_behind(folder):
+    command = [sys.executable, "-m", "fused_inpaint", "inpaint", "photo.png", "--mask", "mask.png", "-o", "out.png"]
+    with subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(6)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in error and error.endswith("fused-inpaint inpaint: interrupted, nothing written\n")
+    assert sorted(os.listdir()) == ["mask.png", "photo.png"]
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["fused_inpaint"] == fused_inpaint.__version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["backends"]["reference"] == "usable" and len(facts["backends"]["cuda"]) > 0
+    assert facts["build"]["kind"] and facts["machine"]["threads"] == torch.get_num_threads()
+    assert main(["info"]) == 0
+    assert "backends" in capsys.readouterr().out
+
+
+def test_demo_compares_two_fits_and_writes_the_picture(folder, capsys, monkeypatch):
+    pytest.importorskip("skimage")
+    monkeypatch.setattr("fused_inpaint.cli.demo.SIDE", 64)
+    assert main(["demo", "--steps", "2", "-o", "demo.png"]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "seconds per step (median)",
+        "peak memory",
+        "largest difference at step one",
+        "PSNR in the hole: naive",
+    ):
+        assert part in printed
+    line = next(line for line in printed.splitlines() if line.startswith("largest difference"))
+    outputs, gradients, scale = (float(word.strip("(),")) for word in line.split() if "e-" in word)
+    assert outputs < 1e-4 and gradients < 1e-3 * scale
+    assert read("demo.png").shape[1] > 5 * 64
+
+
+def test_a_fit_that_dies_is_one_sentence(folder, capsys, monkeypatch):
+    from fused_inpaint.training import compare
+
+    pytest.importorskip("skimage")
+    monkeypatch.setattr(compare, "initial_state", lambda seed: {})
+    assert main(["demo", "--steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "fused-inpaint demo: the naive fit must run to its end, got" in error and "Traceback" not in error
+    assert not os.path.exists("demo.png")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bar(terminal, monkeypatch):
+    class Stream:
+        text = ""
+
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    stream = Stream()
+    bar = ProgressBar("fitting", stream)
+    for step in range(10):
+        bar(step / 10, f"step {step}")
+    bar.close()
+    if terminal:
+        assert stream.text.count("\r") == 11 and "\n" not in stream.text and "#" in stream.text
+    else:
+        assert stream.text.count("\n") == 3 and "\r" not in stream.text

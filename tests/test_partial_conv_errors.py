@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every refusal is one sentence with the argument, what was expected and what came."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_inpaint
+from fused_inpaint import PartialConv2d, PartialUpConv2d, ops
+
+
+def refused(sentence: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
+    """The call raises exactly this sentence."""
+    with pytest.raises(error, match=f"^{re.escape(sentence)}$"):
+        call()
+
+
+def conv(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(4, 32, 64, 64),
+        "mask": torch.ones(4, 1, 64, 64),
+        "weight": torch.zeros(8, 32, 3, 3),
+        "bias": torch.zeros(8),
+        "padding": 1,
+    }
+    return lambda: ops.partial_conv2d(**{**arguments, **changes})
+
+
+def norm(channels: int = 8, training: bool = True, running: bool = False) -> ops.BatchNorm:
+    one = torch.ones(channels)
+    return ops.BatchNorm(one, one, one if running else None, one if running else None, training, 0.1, 1e-5)
+
+
+def ones(*size: int) -> Tensor:
+    return torch.ones(size)
+
+
+HUGE = torch.zeros(1).expand(2, 1024, 1024, 1024)  # 2^31 elements, one number in memory
+REFUSED = {
+    "mask channels": (
+        dict(mask=ones(4, 3, 64, 64)),
+        "mask must be (4, 1, 64, 64) or (4, 32, 64, 64), got (4, 3, 64, 64)",
+    ),
+    "mask batch": (dict(mask=ones(2, 1, 64, 64)), "mask must be (4, 1, 64, 64) or (4, 32, 64, 64), got (2, 1, 64, 64)"),
+    "mask size": (dict(mask=ones(4, 1, 64, 63)), "mask must be (4, 1, 64, 64) or (4, 32, 64, 64), got (4, 1, 64, 63)"),
+    "mask rank": (dict(mask=ones(4, 64, 64)), "mask must be (4, 1, 64, 64) or (4, 32, 64, 64), got (4, 64, 64)"),
+    "mask dtype": (dict(mask=ones(4, 1, 64, 64).long()), "mask must be uint8, bool or float, got torch.int64"),
+    "mask device": (dict(mask=ones(4, 1, 64, 64).to("meta")), "mask must be on cpu as x, got meta"),
+    "mask number": (dict(mask=[ones(4, 1, 64, 64)] * 2), "mask must be a sequence of 1, one for each x, got 2"),
+    "x rank": (dict(x=ones(32, 64, 64)), "x must be (N, C, H, W), got (32, 64, 64)"),
+    "x dtype": (dict(x=ones(4, 32, 64, 64).long()), "x must be float32, float64, float16 or bfloat16, got torch.int64"),
+    "x none": (dict(x=[]), "x must be a tensor or a sequence of at least one, got none"),
+    "x dtypes": (
+        dict(x=[ones(1, 16, 8, 8), ones(1, 16, 8, 8).double()], mask=[ones(1, 1, 8, 8)] * 2),
+        "x must be torch.float32 on cpu, got torch.float64 on cpu",
+    ),
+    "x sizes": (
+        dict(x=[ones(1, 16, 8, 8), ones(1, 16, 8, 9)], mask=None),
+        "x must be (1, C, 8, 8) after upsampling, got (1, 16, 8, 9)",
+    ),
+    "x batches": (
+        dict(x=[ones(2, 16, 4, 4), ones(1, 16, 8, 8)], mask=None, upsample=(2, 1)),
+        "x must be (2, C, 8, 8) after upsampling, got (1, 16, 8, 8)",
+    ),
+    "x below the kernel": (
+        dict(x=ones(1, 32, 2, 9), mask=None, weight=ones(8, 32, 5, 5)),
+        "x must be at least as large as the kernel (5, 5), got (2, 9)",
+    ),
+    "x too large": (dict(x=HUGE, mask=None), "x must be smaller than 2^31 elements, got (2, 1024, 1024, 1024)"),
+    "output too large": (
+        dict(x=torch.zeros(1).expand(1, 1, 32768, 32768), mask=None, weight=ones(2, 1, 1, 1), bias=None, padding=0),
+        "output must be smaller than 2^31 elements, got (1, 2, 32768, 32768)",
+    ),
+    "weight rank": (dict(weight=ones(8, 32, 3)), "weight must be (O, C / groups, kh, kw), got (8, 32, 3)"),
+    "weight channels": (
+        dict(weight=ones(8, 31, 3, 3)),
+        "weight must be (a multiple of 1, 32 / 1, kh, kw) for x of 32 channels, got (8, 31, 3, 3)",
+    ),
+    "weight groups": (
+        dict(groups=4),
+        "weight must be (a multiple of 4, 32 / 4, kh, kw) for x of 32 channels, got (8, 32, 3, 3)",
+    ),
+    "weight outputs": (
+        dict(weight=ones(9, 16, 3, 3), bias=None, groups=2),
+        "weight must be (a multiple of 2, 32 / 2, kh, kw) for x of 32 channels, got (9, 16, 3, 3)",
+    ),
+    "weight dtype": (dict(weight=ones(8, 32, 3, 3).double()), "weight must be torch.float32 as x, got torch.float64"),
+    "weight device": (dict(weight=ones(8, 32, 3, 3).to("meta")), "weight must be on cpu as x, got meta"),
+    "weight without a tap": (
+        dict(weight=ones(8, 32, 0, 3)),
+        "weight must be (O, C / groups, kh, kw) with a kernel of at least 1 x 1, got (8, 32, 0, 3)",
+    ),
+    "bias size": (dict(bias=ones(7)), "bias must be (8,), got (7,)"),
+    "bias dtype": (dict(bias=ones(8).half()), "bias must be torch.float32 as x, got torch.float16"),
+    "bias device": (dict(bias=ones(8).to("meta")), "bias must be on cpu as x, got meta"),
+    "bias with norm": (dict(batch_norm=norm()), "bias must be None with batch_norm, got a tensor"),
+    "norm size": (dict(bias=None, batch_norm=norm(7)), "batch_norm must be of 8 channels, got (7,)"),
+    "norm statistics": (
+        dict(bias=None, batch_norm=norm(training=False)),
+        "batch_norm must be training or with running statistics, got neither",
+    ),
+    "norm of one value": (
+        dict(x=ones(1, 32, 3, 3), mask=None, bias=None, padding=0, batch_norm=norm()),
+        "x must be more than one value per channel for batch statistics, got 1",
+    ),
+    "groups": (dict(groups=0), "groups must be a positive int, 1 with several sources, got 0"),
+    "groups of several": (
+        dict(x=[ones(1, 16, 8, 8)] * 2, mask=None, groups=2),
+        "groups must be a positive int, 1 with several sources, got 2",
+    ),
+    "stride": (dict(stride=0), "stride must be an int or two of at least 1, got 0"),
+    "stride length": (dict(stride=(1, 1, 1)), "stride must be an int or two of at least 1, got (1, 1, 1)"),
+    "stride type": (dict(stride=1.5), "stride must be an int or two of at least 1, got 1.5"),
+    "padding": (dict(padding=-1), "padding must be an int or two of at least 0, got -1"),
+    "paddings": (dict(padding=(1, -2)), "padding must be an int or two of at least 0, got (1, -2)"),
+    "padding type": (dict(padding="same"), "padding must be an int or two of at least 0, got same"),
+    "dilation": (dict(dilation=(0, 1)), "dilation must be an int or two of at least 1, got (0, 1)"),
+    "upsample": (dict(upsample=3), "upsample must be 1 or 2 for each of 1 sources, got [3]"),
+    "upsample length": (dict(upsample=(2, 1)), "upsample must be 1 or 2 for each of 1 sources, got [2, 1]"),
+    "upsample kernel": (
+        dict(weight=ones(8, 32, 4, 4), upsample=2),
+        "upsample must be 1 unless the kernel is odd, square, stride 1 and padded by k // 2, got [2]",
+    ),
+    "upsample stride": (
+        dict(stride=2, upsample=2),
+        "upsample must be 1 unless the kernel is odd, square, stride 1 and padded by k // 2, got [2]",
+    ),
+    "activation": (dict(activation="gelu"), "activation must be none, relu or leaky_relu, got gelu"),
+    "slope": (dict(slope=-0.1), "slope must be 0 or more, got -0.1"),
+}
+
+
+@pytest.mark.parametrize("changes, sentence", REFUSED.values(), ids=REFUSED)
+def test_arguments(backend: str, changes: dict, sentence: str) -> None:
+    refused(f"partial_conv2d: {sentence}", conv(**changes))
+
+
+@pytest.mark.parametrize(
+    "value, shown, dtype",
+    [(2, "2", torch.uint8), (255, "255", torch.uint8), (0.5, "0.5", torch.float32), (-1.0, "-1", torch.float32),
+     (torch.nan, "nan", torch.float32), (2.0, "2", torch.bfloat16), (0.25, "0.25", torch.float16)],
+)  # fmt: skip
+def test_mask_values(backend: str, device: torch.device, value: float, shown: str, dtype: torch.dtype) -> None:
+    if device.type != "cpu":
+        pytest.skip("mask values are looked at on the CPU only")
+    mask = torch.ones(2, 1, 6, 6, dtype=dtype)
+    mask[1, 0, 5, 4] = value
+    x, weight = torch.zeros(2, 3, 6, 6), torch.zeros(4, 3, 3, 3)
+    with pytest.raises(ValueError, match=rf"^partial_conv2d: mask must be 0 or 1 everywhere, got {shown}(\.0)?$"):
+        ops.partial_conv2d(x, mask, weight)
+    with pytest.raises(ValueError, match=rf"^partial_window: mask must be 0 or 1 everywhere, got {shown}(\.0)?$"):
+        ops.partial_window(mask, 3, 3)
+
+
+def test_upconv(backend: str) -> None:
+    x, skip = ones(1, 4, 4, 4), ones(1, 2, 8, 8)
+    m, s = ones(1, 1, 4, 4), ones(1, 1, 8, 8)
+    sentence = "partial_upconv2d: weight must be (O, Cu + Cs, k, k) with k odd, got "
+    refused(f"{sentence}(5, 6, 2, 2)", lambda: ops.partial_upconv2d(x, m, skip, s, ones(5, 6, 2, 2)))
+    refused(f"{sentence}(5, 6, 3, 1)", lambda: ops.partial_upconv2d(x, m, skip, s, ones(5, 6, 3, 1)))
+    refused(f"{sentence}(5, 6, 3)", lambda: ops.partial_upconv2d(x, m, skip, s, ones(5, 6, 3)))
+    with pytest.raises(ValueError, match=r"^partial_upconv2d: mask must be \(1, 1, 4, 4\) or .*, got \(1, 1, 8, 8\)$"):
+        ops.partial_upconv2d(x, s, skip, s, ones(5, 6, 3, 3))
+    with pytest.raises(
+        ValueError, match=r"^partial_upconv2d: (skip_)?mask must be \(1, 1, 8, 8\) or .*, got \(1, 1, 4, 4\)$"
+    ):
+        ops.partial_upconv2d(x, m, skip, m, ones(5, 6, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ((ones(6, 6), 3, 3), "mask must be (N, 1, H, W) or (N, 3, H, W), got (6, 6)"),
+        ((ones(1, 2, 6, 6), 3, 3), "mask must be (N, 1, H, W) or (N, 3, H, W), got (1, 2, 6, 6)"),
+        ((ones(1, 1, 6, 6), 3, 0), "kernel_size must be an int or two of at least 1, got 0"),
+        ((ones(1, 1, 6, 6), 3, 3, 0), "stride must be an int or two of at least 1, got 0"),
+        ((ones(1, 1, 6, 6), 3, 3, 1, -1), "padding must be an int or two of at least 0, got -1"),
+        (([ones(1, 1, 6, 6)] * 2, 3, 3), "mask, channels and upsample must be of one length, got 2, 1 and 2"),
+        ((ones(1, 1, 6, 6).long(), 3, 3), "mask must be uint8, bool or float, got torch.int64"),
+    ],
+)
+def test_window_arguments(backend: str, arguments: tuple, sentence: str) -> None:
+    refused(f"partial_window: {sentence}", lambda: ops.partial_window(*arguments))
+
+
+@pytest.mark.parametrize("size, batch, stride", [(10, 1, 1), (8, 3, 1), (8, 1, 2)], ids=["size", "batch", "stride"])
+def test_window_of_another_call(backend: str, size: int, batch: int, stride: int) -> None:
+    """A window made for other masks or another geometry is refused rather than read out of bounds.
+
+    The output is never larger than the window's counts here, so that a failing test does not read out of bounds either.
+    """
+    window = ops.partial_window(torch.ones(batch, 1, size, size), 3, 3, padding=1)
+    with pytest.raises(ValueError, match=r"^partial_conv2d: (window|mask) must be .*, got .*"):
+        ops.partial_conv2d(ones(2, 3, 8, 8), None, ones(4, 3, 3, 3), None, stride, 1, window=window)
+
+
+def test_layers() -> None:
+    refused(
+        "PartialConv2d: padding must be an int or two of at least 0, got -1", lambda: PartialConv2d(3, 4, 3, padding=-1)
+    )
+    refused(
+        "PartialConv2d: padding must be an int or two of at least 0, got same",
+        lambda: PartialConv2d(3, 4, 3, padding="same"),  # type: ignore[arg-type]
+    )
+    refused("PartialUpConv2d: kernel_size must be odd, got 4", lambda: PartialUpConv2d(3, 4, 5, 4))
+    with pytest.raises(
+        ValueError, match=r"^partial_conv2d: weight must be .* for x of 2 channels, got \(4, 3, 3, 3\)$"
+    ):
+        PartialConv2d(3, 4, 3)(torch.zeros(1, 2, 8, 8))
+
+
+def test_backend_names() -> None:
+    sentence = "use_backend: name must be one of auto, reference, cpu, cuda, triton, got tpu"
+    refused(sentence, lambda: fused_inpaint.use_backend("tpu"))

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PartialConv2d and PartialUpConv2d: the recorded outputs of the published layers, and the habits of nn.Conv2d."""
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import vectors
+from cases import assert_close
+from test_partial_conv import skip_unsupported
+from torch import Tensor, nn
+
+import fused_inpaint
+from fused_inpaint import PartialConv2d, PartialUpConv2d, ops
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+SMALL = Path(__file__).with_name("data") / "nvidia_partialconv2d.npz"
+
+
+def small_cases() -> list:
+    """A few of the recorded cases travel with the suite, with all of their configuration."""
+    with np.load(SMALL) as archive:
+        cases = json.loads(str(archive["meta"]))["cases"]
+        arrays = {key: archive[key] for key in archive.files if key != "meta"}
+    of = {
+        case["id"]: {k.split(".")[1]: v for k, v in arrays.items() if k.startswith(case["id"] + ".")} for case in cases
+    }
+    return [pytest.param(case, of[case["id"]], id=case["id"]) for case in cases]
+
+
+def check(layer: PartialConv2d, case: dict, data: dict[str, Tensor], window: int) -> None:
+    """Output, mask and gradients of sum(out * g); `window` is what the recorded layer leaves out of the ratio."""
+    with torch.no_grad():
+        layer.weight.copy_(data["weight"] / window)
+        if "bias" in data:
+            assert layer.bias is not None
+            layer.bias.copy_(data["bias"])
+    x = data["x"].requires_grad_()
+    out, mask = layer(x, data.get("mask"))
+    (out * data["g"]).sum().backward()
+    assert x.grad is not None and layer.weight.grad is not None
+    actual = {"out": out.detach(), "out_mask": mask, "gx": x.grad, "gw": layer.weight.grad / window}
+    if layer.bias is not None:
+        assert layer.bias.grad is not None
+        actual["gb"] = layer.bias.grad
+    assert set(actual) == set(case["check"])
+    for field, value in actual.items():
+        vectors.assert_close(value.cpu(), data[field].cpu(), case, field)
+
+
+def nvidia(case: dict, arrays: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    skip_unsupported(device, dtype)
+    args = [case[key] for key in ("cin", "cout", "kernel", "stride", "padding", "dilation", "groups", "bias")]
+    layer = PartialConv2d(*args, case["multi_channel"], True, device=device, dtype=dtype)
+    check(layer, case, {key: value.to(device, dtype) for key, value in arrays.items()}, 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", vectors.cases("nvidia_partialconv2d"))
+def test_nvidia(backend: str, device: torch.device, case: dict, dtype: torch.dtype) -> None:
+    nvidia(case, vectors.tensors("nvidia_partialconv2d", case, dtype), dtype, device)
+
+
+@DTYPES
+@pytest.mark.parametrize("case, arrays", small_cases())
+def test_nvidia_small(backend: str, device: torch.device, case: dict, arrays: dict, dtype: torch.dtype) -> None:
+    nvidia(case, {key: torch.from_numpy(value) for key, value in arrays.items()}, dtype, device)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", vectors.cases("naoto_partialconv"))
+def test_naoto(backend: str, device: torch.device, case: dict, dtype: torch.dtype) -> None:
+    """That layer divides by the count alone: ours with its weight divided by the window's size."""
+    skip_unsupported(device, dtype)
+    args = [case[key] for key in ("cin", "cout", "kernel", "stride", "padding")]
+    layer = PartialConv2d(*args, bias=case["bias"], multi_channel=True, return_mask=True, device=device, dtype=dtype)
+    data = {key: value.to(device) for key, value in vectors.tensors("naoto_partialconv", case, dtype).items()}
+    check(layer, case, data, layer.weight[0].numel())
+
+
+@pytest.mark.parametrize("groups, dilation, bias", [(1, 1, True), (2, (2, 1), False)])
+def test_state_is_that_of_conv2d(backend: str, groups: int, dilation: object, bias: bool) -> None:
+    """Same parameters, same initial values, same numbers where everything is valid and nothing is padded."""
+    arguments = dict(groups=groups, dilation=dilation, bias=bias)
+    torch.manual_seed(3)
+    plain = nn.Conv2d(4, 6, 3, **arguments)
+    torch.manual_seed(3)
+    layer = PartialConv2d(4, 6, 3, **arguments)
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    for mine, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    x = torch.randn(2, 4, 9, 9)
+    assert_close(layer(x), plain(x), 1e-5)
+    with torch.no_grad():
+        plain.weight.mul_(2)
+    layer.load_state_dict(plain.state_dict())
+    assert_close(layer(x), plain(x), 1e-5)
+    plain.load_state_dict(layer.state_dict())
+    assert isinstance(layer, nn.Conv2d)
+
+
+def layers() -> list:
+    torch.manual_seed(0)
+    conv = PartialConv2d(3, 4, (3, 5), (2, 1), (1, 2), (1, 1), 1, True, True, True)
+    return [pytest.param(conv, id="conv"), pytest.param(PartialUpConv2d(3, 2, 4, 5), id="upconv")]
+
+
+def arguments(layer: nn.Module) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    x, mask = torch.randn(2, 3, 6, 8, generator=g), (torch.rand(2, 1, 6, 8, generator=g) > 0.5).float()
+    if isinstance(layer, PartialConv2d):
+        return [x, mask]
+    return [x, mask, torch.randn(2, 2, 12, 16, generator=g), torch.ones(1, 1, 12, 16)]
+
+
+def through_torch_save(layer: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "save": through_torch_save}
+
+
+@pytest.mark.parametrize("prepacked", [False, True], ids=["plain", "prepacked"])
+@pytest.mark.parametrize("method", COPIES)
+@pytest.mark.parametrize("layer", layers())
+def test_copies(backend: str, layer: nn.Module, method: str, prepacked: bool) -> None:
+    layer = fused_inpaint.prepack(copy.deepcopy(layer).eval(), prepacked)
+    with torch.no_grad():
+        expected, mask = layer(*arguments(layer))
+        copied = COPIES[method](layer)
+        actual, mask2 = copied(*arguments(layer))
+        assert torch.equal(actual, expected) and torch.equal(mask, mask2)
+        copied.weight.zero_()
+        assert torch.equal(layer(*arguments(layer))[0], expected)
+    assert repr(copied) == repr(layer)
+    assert list(copied.state_dict()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("layer", layers())
+def test_prepacked_weights_follow_the_weight(backend: str, layer: nn.Module) -> None:
+    plain = copy.deepcopy(layer).eval()
+    packed = fused_inpaint.prepack(copy.deepcopy(layer).eval())
+    with torch.no_grad():
+        for change in (lambda w: None, lambda w: w.mul_(-2), lambda w: w.add_(1)):
+            change(plain.weight), change(packed.weight)
+            assert_close(packed(*arguments(layer))[0], plain(*arguments(layer))[0], 5e-5)
+    packed(*arguments(layer))[0].sum().backward()
+    assert packed.weight.grad is not None
+
+
+@pytest.mark.parametrize("layer", layers())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_conversion(backend: str, layer: nn.Module, dtype: torch.dtype) -> None:
+    """layer.to(dtype), with masks in that dtype too."""
+    expected, mask = layer(*arguments(layer))
+    converted = copy.deepcopy(layer).to(dtype)
+    y, mask2 = converted(*[a.to(dtype) for a in arguments(layer)])
+    assert y.dtype == mask2.dtype == dtype and torch.equal(mask2.float(), mask)
+    # Inputs, weights and bias are rounded too here.
+    assert_close(y, expected, 1e-5 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in converted.parameters())
+
+
+@pytest.mark.parametrize("layer", layers())
+def test_layer_is_its_function(backend: str, layer: nn.Module) -> None:
+    a = arguments(layer)
+    y, mask = layer(*a)
+    if isinstance(layer, PartialConv2d):
+        expected = ops.partial_conv2d(*a, layer.weight, layer.bias, (2, 1), (1, 2), multi_channel=True)
+        assert mask.shape == (2, 4, 3, 8)
+        window, block = layer.window(a[1]), layer.block(a[0], layer.window(a[1]), "relu", 0.2, None)
+    else:
+        expected = ops.partial_upconv2d(*a, layer.weight, layer.bias)
+        window = layer.window(a[1], a[3])
+        block = layer.block([a[0], a[2]], window, "relu", 0.2, None)
+    assert torch.equal(y, expected[0]) and torch.equal(mask, expected[1])
+    assert torch.equal(window.mask, mask[:, :1].to(torch.uint8))
+    assert_close(block, torch.relu(y), 1e-5)
+
+
+def test_return_mask() -> None:
+    layer = PartialConv2d(3, 4, 3)
+    assert isinstance(layer(torch.randn(1, 3, 8, 8)), Tensor)
+    layer.return_mask = True
+    assert isinstance(layer(torch.randn(1, 3, 8, 8)), tuple)
+
+
+def test_on_the_meta_device() -> None:
+    assert (
+        PartialConv2d(3, 4, 3, device="meta").weight.is_meta and PartialUpConv2d(3, 4, 5, device="meta").weight.is_meta
+    )
+    layer = PartialUpConv2d(3, 4, 5, bias=False)
+    assert list(layer.state_dict()) == ["weight"] and layer.weight.shape == (5, 7, 3, 3)
+
+
+def test_trains(backend: str, device: torch.device) -> None:
+    """A few steps of SGD on one layer lower the loss."""
+    layer = PartialConv2d(3, 3, 3, padding=1).to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.05)
+    x = torch.randn(2, 3, 16, 16, device=device)
+    mask = (torch.rand(2, 1, 16, 16) > 0.3).float().to(device)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (layer(x, mask) - x * mask).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
