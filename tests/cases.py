@@ -118,11 +118,8 @@ CASES = [
 ALL = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 # The reference is plain PyTorch; the other backends are operators of torch.ops.
-OPERATORS = pytest.mark.parametrize(
-    "backend",
-    [name for name, reason in _backends.status().items() if name != "reference" and not reason],
-    indirect=True,
-)
+_USABLE = [name for name, reason in _backends.status().items() if not reason]
+OPERATORS = pytest.mark.parametrize("backend", [name for name in _USABLE if name != "reference"], indirect=True)
 
 
 def named(name: str) -> Case:

@@ -165,7 +165,7 @@ def test_run_to_run(backend: str, device: torch.device, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_thread_count(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> None:
-    """All but the weight's gradient has the same bits for any number of threads; oneDNN splits that one sum by thread."""
+    """All but the weight's gradient has the same bits for any number of threads; oneDNN splits that sum by thread."""
     if device.type != "cpu":
         pytest.skip("threads are the CPU's")
     before = torch.get_num_threads()

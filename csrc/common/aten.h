@@ -21,12 +21,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 
-// True where the bytes lie as (N, H, W, C); the stride of an extent of one says nothing.
+// True where the bytes lie as (N, H, W, C) and the strides say so even for an extent of one: torch chooses a
+// convolution's path by them, and equal values must take equal paths.
 inline bool is_channels_last(const Tensor& t) {
   const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
   const std::array<int64_t, 4> expected{h * w * c, 1, w * c, c};
   for (int d = 0; d < 4; ++d)
-    if (t.size(d) > 1 && t.stride(d) != expected[d]) return false;
+    if (t.stride(d) != expected[d]) return false;
   return true;
 }
 

@@ -153,10 +153,15 @@ struct Gradients {
   Tensor weight;
 };
 
-Gradients zero_gradients(const std::vector<Tensor>& sources, const Tensor& weight) {
+// Of an empty batch.
+Gradients zero_gradients(const std::vector<Tensor>& sources, const Tensor& weight, bool need_sources,
+                         bool need_weight) {
   Gradients g;
-  for (const Tensor& s : sources) g.sources.push_back(zeros_like_size({s.size(0), s.size(1), s.size(2), s.size(3)}, s));
-  g.weight = zeros_like_size({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, weight);
+  for (const Tensor& s : sources)
+    g.sources.push_back(need_sources ? zeros_like_size({s.size(0), s.size(1), s.size(2), s.size(3)}, s)
+                                     : empty({0}, s.scalar_type(), s));
+  g.weight = need_weight ? zeros_like_size({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, weight)
+                         : empty({0}, weight.scalar_type(), weight);
   return g;
 }
 
@@ -240,7 +245,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward_cpu(
   check_map("grad", grad, size, y.scalar_type());
   Tensor grad_bias = need_bias ? constant(0, outputs, dtype, y) : empty({0}, dtype, y);
   if (y.numel() == 0) {
-    Gradients g = zero_gradients(sources, weight);
+    Gradients g = zero_gradients(sources, weight, need_sources, need_weight);
     return {g.sources, g.weight, grad_bias};
   }
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
@@ -292,7 +297,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> partial_conv2d_bn_backwa
   Tensor grad_norm_weight = empty({outputs}, norm_weight.scalar_type(), conv);
   Tensor grad_norm_bias = empty({outputs}, norm_bias.scalar_type(), conv);
   if (conv.numel() == 0) {
-    Gradients g = zero_gradients(sources, weight);
+    Gradients g = zero_gradients(sources, weight, need_sources, need_weight);
     torch::stable::zero_(grad_norm_weight);
     torch::stable::zero_(grad_norm_bias);
     return {g.sources, g.weight, grad_norm_weight, grad_norm_bias};

@@ -166,12 +166,16 @@ FUSED_INPAINT_CLONES void epilogue_backward_block(const T* grad, const T* y, Out
   }
 }
 
-// Mean and sum of squared deviations of one block, in two sweeps over data that the first has brought into the cache.
+// Mean of one block, and the sums of the deviations from it and of their squares, in two sweeps over data that the
+// first has brought into the cache. The deviations sum to what rounding has taken from the mean, which matters where
+// the mean is large and the variance small.
 template <typename T, bool from_y, bool from_phases>
 FUSED_INPAINT_CLONES void moments_block(T* conv, const T* phases, Phases at, Output out, acc_t<T>* __restrict mean,
-                                        acc_t<T>* __restrict m2, int64_t begin, int64_t end) {
+                                        acc_t<T>* __restrict rest, acc_t<T>* __restrict m2, int64_t begin,
+                                        int64_t end) {
   using A = acc_t<T>;
   std::fill(mean, mean + out.c, A(0));
+  std::fill(rest, rest + out.c, A(0));
   std::fill(m2, m2 + out.c, A(0));
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     T* __restrict v = conv + pixel * out.c;
@@ -189,11 +193,15 @@ FUSED_INPAINT_CLONES void moments_block(T* conv, const T* phases, Phases at, Out
     const T* v = conv + pixel * out.c;
     const A ratio = out.template ratio<A>(pixel);
     if (ratio == 0) {
-      for (int64_t c = 0; c < out.c; ++c) m2[c] += mean[c] * mean[c];
+      for (int64_t c = 0; c < out.c; ++c) {
+        rest[c] -= mean[c];
+        m2[c] += mean[c] * mean[c];
+      }
       continue;
     }
     for (int64_t c = 0; c < out.c; ++c) {
       const A d = load(v[c]) * ratio - mean[c];
+      rest[c] += d;
       m2[c] += d * d;
     }
   }
@@ -359,34 +367,34 @@ void batch_statistics(Tensor& conv, bool conv_holds_sum, const Tensor* phases, i
   dispatch_float("partial_conv2d", conv.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     const Blocks blocks(out);
-    std::vector<A> partial(blocks.n * 2 * out.c);
+    std::vector<A> partial(blocks.n * 3 * out.c);
     T* v = mutable_data<T>(conv);
     const T* f = phases ? data<T>(*phases) : nullptr;
     const Phases at = phases_of(out, shift);
     for_blocks(blocks, [&](int64_t b, int64_t begin, int64_t end) {
-      A *m = partial.data() + b * 2 * out.c, *m2 = m + out.c;
+      A *m = partial.data() + b * 3 * out.c, *rest = m + out.c, *m2 = rest + out.c;
       if (!phases)
-        moments_block<T, true, false>(v, f, at, out, m, m2, begin, end);
+        moments_block<T, true, false>(v, f, at, out, m, rest, m2, begin, end);
       else if (conv_holds_sum)
-        moments_block<T, true, true>(v, f, at, out, m, m2, begin, end);
+        moments_block<T, true, true>(v, f, at, out, m, rest, m2, begin, end);
       else
-        moments_block<T, false, true>(v, f, at, out, m, m2, begin, end);
+        moments_block<T, false, true>(v, f, at, out, m, rest, m2, begin, end);
     });
     // Chan's rule, block after block.
     std::vector<double> total(out.c, 0.0), squares(out.c, 0.0);
     double seen = 0;
     for (int64_t b = 0; b < blocks.n; ++b) {
       const double size = static_cast<double>(std::min(blocks.pixels, (b + 1) * blocks.size) - b * blocks.size);
-      const A *m = partial.data() + b * 2 * out.c, *m2 = m + out.c;
+      const A *m = partial.data() + b * 3 * out.c, *rest = m + out.c, *m2 = rest + out.c;
       const double both = seen + size;
       for (int64_t c = 0; c < out.c; ++c) {
-        const double delta = m[c] - total[c];
+        const double missed = rest[c] / size, delta = m[c] + missed - total[c];
         total[c] += delta * size / both;
-        squares[c] += m2[c] + delta * delta * seen * size / both;
+        squares[c] += m2[c] - missed * rest[c] + delta * delta * seen * size / both;
       }
       seen = both;
     }
-    for (double& s : squares) s /= seen;
+    for (double& s : squares) s = std::max(s / seen, 0.0);
     write(mean, total);
     write(var, squares);
   });

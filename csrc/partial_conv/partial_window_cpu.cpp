@@ -74,21 +74,23 @@ FUSED_INPAINT_CLONES void sum_columns(const int32_t* in, int32_t* out, const Axi
 
 }  // namespace
 
-Tensor mask_plane_cpu(Tensor mask, std::string op) {
-  const Tensor dense = torch::stable::contiguous(mask);
+Tensor mask_plane_cpu(Tensor mask, std::string name) {
+  // float16 to float32 is exact, and saves the kernels a type that the CPU does not compute in.
+  const bool half = mask.scalar_type() == ScalarType::Half;
+  const Tensor dense = torch::stable::contiguous(half ? torch::stable::to(mask, ScalarType::Float) : mask);
   Tensor plane = empty({mask.size(0), mask.size(1), mask.size(2), mask.size(3)}, ScalarType::Byte, mask);
   uint8_t* out = mutable_data<uint8_t>(plane);
   std::optional<double> odd;
-  switch (mask.scalar_type()) {
+  switch (dense.scalar_type()) {
     case ScalarType::Bool:
     case ScalarType::Byte:
       odd = pack(data<uint8_t>(dense), out, dense.numel());
       break;
     default:
-      dispatch_float(op.c_str(), mask.scalar_type(),
+      dispatch_float(name.c_str(), dense.scalar_type(),
                      [&]<typename T>() { odd = pack(data<T>(dense), out, dense.numel()); });
   }
-  STD_TORCH_CHECK(!odd, op, ": mask must be 0 or 1 everywhere, got ", *odd);
+  STD_TORCH_CHECK(!odd, name, " must be 0 or 1 everywhere, got ", *odd);
   return plane;
 }
 

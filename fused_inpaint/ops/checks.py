@@ -17,10 +17,15 @@ def error(op: str, argument: str, expected: object, got: object) -> ValueError:
 
 
 def pair(op: str, name: str, value: Pair, least: int) -> tuple[int, int]:
-    both = (value, value) if isinstance(value, int) else tuple(value)
+    both = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(both) != 2 or not all(isinstance(v, int) for v in both) or min(both) < least:
         raise error(op, name, f"an int or two of at least {least}", value)
     return both[0], both[1]
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast decides the dtype: it does for all but float64."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def check_feature_map(op: str, name: str, x: Tensor, like: Tensor) -> None:
@@ -28,21 +33,21 @@ def check_feature_map(op: str, name: str, x: Tensor, like: Tensor) -> None:
         raise error(op, name, "(N, C, H, W)", tuple(x.shape))
     if x.dtype not in FLOATS:
         raise error(op, name, "float32, float64, float16 or bfloat16", x.dtype)
-    if x.dtype != like.dtype or x.device != like.device:
+    if (x.dtype != like.dtype and not (autocasts(x) and autocasts(like))) or x.device != like.device:
         raise error(op, name, f"{like.dtype} on {like.device}", f"{x.dtype} on {x.device}")
     if x.numel() >= LIMIT:
         raise error(op, name, "smaller than 2^31 elements", tuple(x.shape))
 
 
-def check_mask(op: str, mask: Tensor, x: Tensor) -> None:
+def check_mask(op: str, mask: Tensor, x: Tensor, name: str = "mask") -> None:
     n, c, h, w = x.shape
     if mask.dim() != 4 or mask.shape[2:] != x.shape[2:] or mask.size(0) not in (n, 1) or mask.size(1) not in (c, 1):
-        raise error(op, "mask", f"({n}, 1, {h}, {w}) or ({n}, {c}, {h}, {w})", tuple(mask.shape))
-    check_mask_type(op, mask)
+        raise error(op, name, f"({n}, 1, {h}, {w}) or ({n}, {c}, {h}, {w})", tuple(mask.shape))
+    check_mask_type(op, mask, name)
     if mask.device != x.device:
-        raise error(op, "mask", f"on {x.device} as x", mask.device)
+        raise error(op, name, f"on {x.device} as x", mask.device)
 
 
-def check_mask_type(op: str, mask: Tensor) -> None:
+def check_mask_type(op: str, mask: Tensor, name: str = "mask") -> None:
     if mask.dtype not in MASKS:
-        raise error(op, "mask", "uint8, bool or float", mask.dtype)
+        raise error(op, name, "uint8, bool or float", mask.dtype)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from .api import BatchNorm, Window, partial_conv2d, partial_upconv2d, partial_window
+from .api import partial_conv2d, partial_upconv2d, partial_window
+from .types import BatchNorm, Window
 
 __all__ = ["BatchNorm", "Window", "partial_conv2d", "partial_upconv2d", "partial_window"]

@@ -117,7 +117,10 @@ def partial_conv2d_bn(
     """(y, mean, biased variance): batch norm over N, H', W' of the renormalised map, holes (0) included, then the
     activation, then 0 in holes, which is what the next partial convolution would read there."""
     v = _renormalised(sources, masks, count, weight, upsample, stride, padding, dilation, groups)
-    var, mean = torch.var_mean(v, (0, 2, 3), correction=0)
+    if v.numel() == 0:  # no value: nothing to normalise, and the running statistics keep theirs
+        mean = var = v.new_zeros(weight.size(0))
+    else:
+        var, mean = torch.var_mean(v, (0, 2, 3), correction=0)
     y = (v - mean.view(1, -1, 1, 1)) * (var + eps).rsqrt().view(1, -1, 1, 1)
     y = y * norm_weight.to(y.dtype).view(1, -1, 1, 1) + norm_bias.to(y.dtype).view(1, -1, 1, 1)
     y = torch.where(count > 0, _activate(y, activation, slope), 0.0)

@@ -24,7 +24,7 @@ def _channels_last(like: Tensor, size: Sequence[Any]) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _mask_plane_fake(mask: Tensor, op: str) -> Tensor:
+def _mask_plane_fake(mask: Tensor, name: str) -> Tensor:
     return torch.empty(mask.shape, dtype=torch.uint8, device=mask.device)
 
 
@@ -193,7 +193,7 @@ def _bn_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
-define("mask_plane(Tensor mask, str op) -> Tensor", _mask_plane_fake)
+define("mask_plane(Tensor mask, str name) -> Tensor", _mask_plane_fake)
 define(
     "partial_window(Tensor[] masks, int[] channels, int[] upsample, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation) -> (Tensor, Tensor)",

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the partial convolution's functions hand to each other."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """What one partial convolution reads and leaves behind of its masks; a function of the input masks alone."""
+
+    planes: tuple[Tensor, ...]  # (N or 1, 1 or C_i, H_i, W_i) uint8, one for each source
+    counts: Tensor  # (N or 1, 1, H', W') int32, valid values under each window
+    mask: Tensor  # (N or 1, 1, H', W') uint8, the updated mask
+
+
+class BatchNorm(NamedTuple):
+    """Batch normalisation between a partial convolution and its activation, as `torch.nn.functional.batch_norm`."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+
+class Geometry(NamedTuple):
+    """The geometry in the order of the operators' schemas."""
+
+    upsample: list[int]  # one for each source
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Epilogue(NamedTuple):
+    """What follows the renormalised convolution."""
+
+    activation: str
+    slope: float
+    norm: BatchNorm | None
