@@ -72,7 +72,8 @@ def main() -> None:
         table[mode] = threshold(ratios)
     print(f"fold from {table} pixels; the table says {json.loads(TABLE.read_text())['fold_from_pixels']}")
     if arguments.write:
-        TABLE.write_text(json.dumps({"fold_from_pixels": table, "measured_on": machine()}, indent=1) + "\n")
+        facts = {key: value for key, value in machine().items() if key in ("cpu", "threads", "torch", "date", "commit")}
+        TABLE.write_text(json.dumps({"fold_from_pixels": table, "measured_on": facts}, indent=1) + "\n")
         print(f"wrote {TABLE.name}; {routes.__name__} reads it at import")
 
 
