@@ -108,9 +108,6 @@ class PConvUNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for parameter in self.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def masks(self, mask: Tensor) -> Masks:
         """The whole mask chain for an input mask; hand it to several calls of `forward` that share the mask."""

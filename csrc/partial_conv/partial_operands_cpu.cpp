@@ -19,16 +19,21 @@ struct Holes {
   Holes(const Tensor& m, int64_t channels)
       : mask(data<uint8_t>(m)), mask_n(m.size(0)), planes(m.size(1)), h(m.size(2)), w(m.size(3)), channels(channels) {}
 
-  // Calls visit(first element, elements) for the holes of a row of pixels, the map being channels last; visit returns
-  // false to stop. A one-plane mask gives all channels of a pixel at once.
+  // Calls visit(first element, elements) for the runs of holes of a row of pixels, the map being channels last; visit
+  // returns false to stop. A one-plane mask gives all channels of a run of pixels at once.
   template <typename F>
   FUSED_INPAINT_INLINE void in_row(int64_t row, F&& visit) const {
     const int64_t batch = mask_n == 1 ? 0 : row / h, y = row % h;
     for (int64_t plane = 0; plane < planes; ++plane) {
       const uint8_t* m = mask + ((batch * planes + plane) * h + y) * w;
-      const int64_t n = planes == 1 ? channels : 1;
-      for (const uint8_t* at = m; (at = static_cast<const uint8_t*>(std::memchr(at, 0, m + w - at))); ++at)
-        if (!visit((row * w + (at - m)) * channels + plane, n)) return;
+      const uint8_t* end = m + w;
+      for (const uint8_t* at = m; (at = static_cast<const uint8_t*>(std::memchr(at, 0, end - at))) != nullptr;) {
+        const uint8_t* first = at++;
+        if (planes == 1)
+          while (at < end && !*at) ++at;
+        const int64_t n = planes == 1 ? (at - first) * channels : 1;
+        if (!visit((row * w + (first - m)) * channels + plane, n)) return;
+      }
     }
   }
   int64_t grain() const { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, w * channels)); }

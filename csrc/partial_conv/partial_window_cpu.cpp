@@ -27,20 +27,14 @@ std::optional<double> pack(const uint8_t* mask, uint8_t* plane, int64_t n) {
   return std::nullopt;
 }
 
-// sum[p] += weight * (number of valid channels of the mask at p), the mask being upsampled by `up`.
-void add_plane(const Tensor& mask, int64_t batch, int64_t weight, int64_t up, int32_t* sum, int64_t height,
-               int64_t width) {
-  const int64_t channels = mask.size(1), h = mask.size(2), w = mask.size(3);
-  const uint8_t* m = data<uint8_t>(mask) + (mask.size(0) == 1 ? 0 : batch * channels * h * w);
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t y = 0; y < height; ++y) {
-      const uint8_t* row = m + (c * h + y / up) * w;
-      int32_t* out = sum + y * width;
-      if (up == 1)
-        for (int64_t x = 0; x < width; ++x) out[x] += static_cast<int32_t>(weight) * row[x];
-      else
-        for (int64_t x = 0; x < width; ++x) out[x] += static_cast<int32_t>(weight) * row[x / 2];
-    }
+// sum[x] += weight * (number of valid channels of the mask at row y, column x), the mask being upsampled by `up`.
+FUSED_INPAINT_CLONES void add_row(const uint8_t* mask, int64_t channels, int64_t h, int64_t w, int64_t y,
+                                  int32_t weight, int64_t up, int32_t* __restrict sum) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const uint8_t* row = mask + (c * h + y / up) * w;
+    for (int64_t x = 0; x < w; ++x)
+      for (int64_t copy = 0; copy < up; ++copy) sum[x * up + copy] += weight * row[x];
+  }
 }
 
 // One axis of a box sum: out[i] = sum over taps t of in[i * stride - padding + t * dilation], zero outside.
@@ -48,7 +42,18 @@ struct Axis {
   int64_t size, out, taps, stride, padding, dilation;
 };
 
-void sum_rows(const int32_t* in, int32_t* out, const Axis& a) {
+// `sums` is scratch of a.size + 1.
+void sum_row(const int32_t* in, int32_t* out, const Axis& a, int32_t* sums) {
+  if (a.dilation == 1) {
+    sums[0] = 0;
+    for (int64_t x = 0; x < a.size; ++x) sums[x + 1] = sums[x] + in[x];
+    for (int64_t i = 0; i < a.out; ++i) {
+      const int64_t first = i * a.stride - a.padding;
+      const int64_t low = std::clamp<int64_t>(first, 0, a.size), high = std::clamp<int64_t>(first + a.taps, 0, a.size);
+      out[i] = sums[high] - sums[low];
+    }
+    return;
+  }
   for (int64_t i = 0; i < a.out; ++i) {
     int32_t sum = 0;
     for (int64_t t = 0; t < a.taps; ++t) {
@@ -59,17 +64,16 @@ void sum_rows(const int32_t* in, int32_t* out, const Axis& a) {
   }
 }
 
-// `in` has a.size rows of `width`, `out` has a.out.
-FUSED_INPAINT_CLONES void sum_columns(const int32_t* in, int32_t* out, const Axis& a, int64_t width) {
-  for (int64_t i = 0; i < a.out; ++i) {
-    int32_t* row = out + i * width;
-    std::fill(row, row + width, 0);
-    for (int64_t t = 0; t < a.taps; ++t) {
-      const int64_t y = i * a.stride - a.padding + t * a.dilation;
-      if (y < 0 || y >= a.size) continue;
-      for (int64_t x = 0; x < width; ++x) row[x] += in[y * width + x];
-    }
+// Output row i of the sum down the columns of `in`, which has a.size rows of `width`.
+FUSED_INPAINT_CLONES void sum_down(const int32_t* in, int32_t* __restrict out, uint8_t* __restrict valid, Axis a,
+                                   int64_t i, int64_t width) {
+  std::fill(out, out + width, 0);
+  for (int64_t t = 0; t < a.taps; ++t) {
+    const int64_t y = i * a.stride - a.padding + t * a.dilation;
+    if (y < 0 || y >= a.size) continue;
+    for (int64_t x = 0; x < width; ++x) out[x] += in[y * width + x];
   }
+  for (int64_t x = 0; x < width; ++x) valid[x] = out[x] > 0;
 }
 
 }  // namespace
@@ -118,16 +122,25 @@ std::tuple<Tensor, Tensor> partial_window_cpu(std::vector<Tensor> masks, Ints ch
   Tensor new_mask = empty({batch, 1, rows.out, cols.out}, ScalarType::Byte, masks[0]);
   int32_t* counts = mutable_data<int32_t>(count);
   uint8_t* valid = mutable_data<uint8_t>(new_mask);
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> sum(h * w), narrow(h * cols.out);
-    for (int64_t n = begin; n < end; ++n) {
+  std::vector<int32_t> narrow(batch * h * cols.out);
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w));
+  torch::stable::parallel_for(0, batch * h, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> sum(w), scratch(w + 1);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / h, y = row % h;
       std::fill(sum.begin(), sum.end(), 0);
-      for (size_t i = 0; i < masks.size(); ++i)
-        add_plane(masks[i], n, channels[i] / masks[i].size(1), upsample[i], sum.data(), h, w);
-      for (int64_t y = 0; y < h; ++y) sum_rows(sum.data() + y * w, narrow.data() + y * cols.out, cols);
-      int32_t* out = counts + n * rows.out * cols.out;
-      sum_columns(narrow.data(), out, rows, cols.out);
-      for (int64_t i = 0; i < rows.out * cols.out; ++i) valid[n * rows.out * cols.out + i] = out[i] > 0;
+      for (size_t i = 0; i < masks.size(); ++i) {
+        const int64_t planes = masks[i].size(1), mh = masks[i].size(2), mw = masks[i].size(3);
+        const uint8_t* mask = data<uint8_t>(masks[i]) + (masks[i].size(0) == 1 ? 0 : n * planes * mh * mw);
+        add_row(mask, planes, mh, mw, y, static_cast<int32_t>(channels[i] / planes), upsample[i], sum.data());
+      }
+      sum_row(sum.data(), narrow.data() + row * cols.out, cols, scratch.data());
+    }
+  });
+  torch::stable::parallel_for(0, batch * rows.out, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / rows.out, i = row % rows.out, at = row * cols.out;
+      sum_down(narrow.data() + n * h * cols.out, counts + at, valid + at, rows, i, cols.out);
     }
   });
   return {count, new_mask};

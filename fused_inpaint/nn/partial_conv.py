@@ -55,6 +55,11 @@ def prepack(module: nn.Module, enabled: bool = True) -> nn.Module:
     return module
 
 
+def _to_channels_last(layer: "PartialConv2d | PartialUpConv2d") -> None:
+    """The layout the kernels work in: values, shapes and checkpoints are not affected."""
+    layer.weight = nn.Parameter(layer.weight.detach().contiguous(memory_format=torch.channels_last))
+
+
 def _packed(layer: "PartialConv2d | PartialUpConv2d", sources: Sequence[Tensor], *geometry: Any) -> PackedWeight | None:
     if layer._prepacked is None or layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -101,6 +106,7 @@ class PartialConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
         )
+        _to_channels_last(self)
         self.multi_channel = multi_channel
         self.return_mask = return_mask
 
@@ -164,6 +170,7 @@ class PartialUpConv2d(nn.Module):
         size = (out_channels, up_channels + skip_channels, kernel_size, kernel_size)
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        _to_channels_last(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
