@@ -160,6 +160,7 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: i
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 call, count = calls[name], repeats[name]
+                call()  # untimed: the caches and the heap as this rival leaves them, not the one before it
                 start = time.perf_counter()
                 for _ in range(count):
                     call()
