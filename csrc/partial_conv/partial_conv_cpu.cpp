@@ -47,6 +47,14 @@ struct Operands {
   std::vector<ConvGeometry> geometry;
 };
 
+// Whether there is an upsampled source and the maps are large enough to fold it; decided here, not in Python, so that a
+// graph compiled for dynamic shapes does not depend on it.
+bool folds(const std::vector<Tensor>& sources, const Ints& upsample, int64_t fold_from) {
+  for (size_t i = 0; i < sources.size(); ++i)
+    if (upsample[i] == 2) return sources[i].size(0) * sources[i].size(2) * sources[i].size(3) >= fold_from;
+  return false;
+}
+
 Operands prepare(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Tensor& weight,
                  const Ints& upsample, const ConvGeometry& geometry, bool fold, const std::vector<Tensor>& packed) {
   Operands o;
@@ -218,12 +226,13 @@ std::optional<Tensor> empty_phases(const Operands& o, const Tensor& source, cons
 
 Tensor partial_conv2d_cpu(std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count, Tensor weight,
                           std::optional<Tensor> bias, std::optional<Tensor> scale, Ints upsample, Ints stride,
-                          Ints padding, Ints dilation, int64_t groups, std::string activation, double slope, bool fold,
-                          std::vector<Tensor> packed) {
+                          Ints padding, Ints dilation, int64_t groups, std::string activation, double slope,
+                          int64_t fold_from, std::vector<Tensor> packed) {
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = sources[0].scalar_type();
   const auto size = checked_output_size(sources, masks, count, weight, upsample);
   if (elements(size) == 0) return empty_channels_last(size, dtype, sources[0]);
+  const bool fold = folds(sources, upsample, fold_from);
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, packed);
   const Numerator numerator = convolve(o, !packed.empty());
   Tensor y = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
@@ -237,7 +246,7 @@ Tensor partial_conv2d_cpu(std::vector<Tensor> sources, std::vector<Tensor> masks
 std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward_cpu(
     Tensor grad, Tensor y, std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count, Tensor weight,
     std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding, Ints dilation, int64_t groups,
-    std::string activation, double slope, bool fold, bool need_sources, bool need_weight, bool need_bias) {
+    std::string activation, double slope, int64_t fold_from, bool need_sources, bool need_weight, bool need_bias) {
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = y.scalar_type();
   const auto size = checked_output_size(sources, masks, count, weight, upsample);
@@ -248,6 +257,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward_cpu(
     Gradients g = zero_gradients(sources, weight, need_sources, need_weight);
     return {g.sources, g.weight, grad_bias};
   }
+  const bool fold = folds(sources, upsample, fold_from);
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
   const int64_t shift = shift_of(weight);
   Tensor grad_sum = empty_channels_last(size, dtype, y);
@@ -266,13 +276,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn_cpu(std::vector<Ten
                                                                  Tensor norm_bias, double eps, Ints upsample,
                                                                  Ints stride, Ints padding, Ints dilation,
                                                                  int64_t groups, std::string activation, double slope,
-                                                                 bool fold) {
+                                                                 int64_t fold_from) {
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = sources[0].scalar_type();
   const auto size = checked_output_size(sources, masks, count, weight, upsample);
   Tensor mean = constant(0, outputs, dtype, weight), var = constant(0, outputs, dtype, weight);
   Tensor y = empty_channels_last(size, dtype, sources[0]);
   if (elements(size) == 0) return {y, empty_channels_last(size, dtype, sources[0]), mean, var};
+  const bool fold = folds(sources, upsample, fold_from);
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
   const Numerator numerator = convolve(o, false);
   Tensor conv = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
@@ -287,8 +298,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn_cpu(std::vector<Ten
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> partial_conv2d_bn_backward_cpu(
     Tensor grad, Tensor conv, Tensor mean, Tensor var, std::vector<Tensor> sources, std::vector<Tensor> masks,
     Tensor count, Tensor weight, Tensor norm_weight, Tensor norm_bias, double eps, Ints upsample, Ints stride,
-    Ints padding, Ints dilation, int64_t groups, std::string activation, double slope, bool fold, bool need_sources,
-    bool need_weight) {
+    Ints padding, Ints dilation, int64_t groups, std::string activation, double slope, int64_t fold_from,
+    bool need_sources, bool need_weight) {
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = conv.scalar_type();
   const auto size = checked_output_size(sources, masks, count, weight, upsample);
@@ -302,6 +313,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> partial_conv2d_bn_backwa
     torch::stable::zero_(grad_norm_bias);
     return {g.sources, g.weight, grad_norm_weight, grad_norm_bias};
   }
+  const bool fold = folds(sources, upsample, fold_from);
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
   const int64_t shift = shift_of(weight);
   Tensor grad_sum = empty_channels_last(size, dtype, conv);

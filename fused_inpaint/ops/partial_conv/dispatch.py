@@ -37,23 +37,19 @@ def run(
     weight = weight.to(dtype).to(inner)
     if packed is not None and (backend != "cpu" or inner != packed.weights[0].dtype):
         packed = None
-    if packed is not None:
-        fold = packed.fold
-    elif fold is None or 2 not in geometry.upsample:
-        pixels = sources[0].size(0) * sources[0].size(2) * sources[0].size(3)
-        fold = 2 in geometry.upsample and routes.fold(pixels, "plain")
+    fold_from = routes.fold_from("plain", fold if packed is None else packed.fold)
     with _no_autocast(weight):
         norm = epilogue.norm
         if norm is not None and norm.training:
             y = _with_batch_statistics(
-                op, backend, sources, planes, window.counts, weight, norm, geometry, epilogue, fold
+                op, backend, sources, planes, window.counts, weight, norm, geometry, epilogue, fold_from
             )
             return y.to(dtype)
         weight, bias, scale = _as_constants(weight, bias, norm)
         arguments = (sources, planes, window.counts, weight, bias, scale, *geometry, *epilogue[:2])
         if backend == "reference":
             return reference.partial_conv2d(*arguments).to(dtype)
-        y = ops.partial_conv2d(*arguments, fold, list(packed.weights) if packed else [])
+        y = ops.partial_conv2d(*arguments, fold_from, list(packed.weights) if packed else [])
         return y.to(dtype)
 
 
@@ -87,7 +83,7 @@ def _with_batch_statistics(
     norm: BatchNorm,
     geometry: Geometry,
     epilogue: Epilogue,
-    fold: bool,
+    fold_from: int,
 ) -> Tensor:
     values = sources[0].size(0) * counts.size(2) * counts.size(3)
     if values == 1:
@@ -97,7 +93,7 @@ def _with_batch_statistics(
     if backend == "reference":
         y, mean, var = reference.partial_conv2d_bn(*arguments)
     else:
-        y, _, mean, var = ops.partial_conv2d_bn(*arguments, fold)
+        y, _, mean, var = ops.partial_conv2d_bn(*arguments, fold_from)
     if norm.running_mean is not None and norm.running_var is not None and values:
         with torch.no_grad():
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)

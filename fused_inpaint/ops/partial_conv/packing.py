@@ -58,7 +58,7 @@ def pack(
         return None
     n, _, h, w = sizes[0]
     if fold is None:
-        fold = 2 in upsample and routes.fold(n * h * w, "packed")
+        fold = 2 in upsample and n * h * w >= routes.fold_from("packed")
     if not fold:
         whole = [n, sum(s[1] for s in sizes), h * upsample[0], w * upsample[0]]
         return PackedWeight(False, (_reorder(weight, padding, stride, dilation, groups, whole),))

@@ -4,13 +4,17 @@
 import json
 from pathlib import Path
 
+_NEVER = 2**62
 _TABLE: dict[str, int] = json.loads(Path(__file__).with_name("routes.json").read_text())["fold_from_pixels"]
 
 
-def fold(pixels: int, mode: str) -> bool:
-    """Whether to fold the upsample into the kernel for a map of this many low-resolution pixels (batch included).
+def fold_from(mode: str, forced: bool | None = None) -> int:
+    """From how many low-resolution pixels on (batch included) the upsample is folded into the kernel.
 
     The folded form does 4/9 of the work on the upsampled channels but streams 16/9 of their weights and folds them
-    first, which small maps do not repay. `mode` is "plain" or "packed" (weights folded and laid out beforehand).
+    first, which small maps do not repay. `mode` is "plain" or "packed" (weights folded and laid out beforehand);
+    `forced` overrules the table.
     """
-    return pixels >= _TABLE[mode]
+    if forced is None:
+        return _TABLE[mode]
+    return 0 if forced else _NEVER

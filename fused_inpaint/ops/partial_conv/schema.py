@@ -11,7 +11,7 @@ from ..._library import define
 from . import reference
 
 _GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups"
-_EPILOGUE = "str activation, float slope, bool fold"
+_EPILOGUE = "str activation, float slope, int fold_from"
 
 ops = torch.ops.fused_inpaint
 
