@@ -14,12 +14,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Installing again is due when what is compiled or declared changes; edits to Python files show through the editable install.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.+' '_')
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cuda_emulation/*.h tests/cuda_emulation/*.cu)
 
 .PHONY: help demo test bench lint format clean
 
 help:
-	@echo 'make demo    restore the sample pictures'
+	@echo 'make demo    fit one network twice, on naive PyTorch and on the fused ops, and compare'
 	@echo 'make test    run the test suite'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make lint    check formatting, style and types'

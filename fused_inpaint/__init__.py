@@ -4,12 +4,14 @@
 import importlib
 from typing import Any
 
-from . import nn, ops
+from . import nn as nn
+from . import ops
 from ._backends import NoBackendError, use_backend
 from .nn import PartialConv2d, PartialUpConv2d, prepack
 
 __version__ = "0.1.0"
-__all__ = ["NoBackendError", "PartialConv2d", "PartialUpConv2d", "models", "nn", "ops", "prepack", "use_backend"]
+# Without `nn`, which a star import would put in the place of torch's.
+__all__ = ["NoBackendError", "PartialConv2d", "PartialUpConv2d", "models", "ops", "prepack", "use_backend"]
 
 
 def __getattr__(name: str) -> Any:

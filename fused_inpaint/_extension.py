@@ -8,12 +8,15 @@ from `MIN_TORCH` on, whichever it was compiled with; other versions are named on
 import ctypes
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 MIN_TORCH = (2, 10)
+# A library to load in place of the one that setup.py built: the tests' emulation of the GPU kernels.
+LIBRARY = "FUSED_INPAINT_LIBRARY"
 REBUILD = "pip install -e . --no-build-isolation"
 _PACKAGE = Path(__file__).parent
 
@@ -28,6 +31,14 @@ def native_error() -> str | None:
     return _attempt()[0]
 
 
+def without_cuda() -> str:
+    """Why the library holds no CUDA kernels; empty if it does."""
+    recorded = _recorded()
+    if recorded["kind"] == "cuda":
+        return ""
+    return f"the extension was built without CUDA: {recorded['reason'] or 'its kernels are emulated on the CPU'}"
+
+
 def build_info() -> dict[str, Any]:
     """What setup.py recorded (kind, requested, reason, torch, cuda, compiler, flags), what the library says of itself
     (`library_facts`, empty if it is not loaded) and `running_torch`."""
@@ -35,6 +46,8 @@ def build_info() -> dict[str, Any]:
 
 
 def _recorded() -> dict[str, Any]:
+    if library := os.environ.get(LIBRARY):
+        return {"kind": "emulated", "reason": "", "torch": str(torch.__version__), "library": library}
     try:
         facts = dict(json.loads((_PACKAGE / "_build.json").read_text()))
         missing = {"kind", "reason", "torch", "library"} - facts.keys()

@@ -15,10 +15,12 @@ class InpaintingModel(nn.Module):
     `model(image, mask)` takes an image (N, C, H, W), float in [0, 1], and a mask (N or 1, 1 or C, H, W), 1 = valid and
     0 = hole, of any size, and returns a named tuple of predictions with `.image` the final one. `model.inpaint(image,
     mask)` keeps the known pixels, bit for bit, and fills the holes. `model.net` is the bare network, called as the
-    published one is. Subclasses set `key`, `multiple` (of what the sides must be) and `_predict`.
+    published one is. Subclasses set `key`, `channels`, `multiple` (of what the sides must be)
+    and `_predict`.
     """
 
     key: str
+    channels: int
     multiple: int
     net: nn.Module
 
@@ -37,13 +39,14 @@ class InpaintingModel(nn.Module):
         >>> bool((model.inpaint(image, mask) == image)[mask.expand_as(image) == 1].all())
         True
         """
-        was_training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             with torch.no_grad():
                 filled = self(image, mask).image.clamp(0, 1).to(image.dtype)
         finally:
-            self.train(was_training)
+            for module, mode in modes:
+                module.training = mode
         return torch.where(mask.bool(), image, filled)
 
     def forward(self, image: Tensor, mask: Tensor) -> Any:
@@ -54,6 +57,8 @@ class InpaintingModel(nn.Module):
         if image.dim() != 4 or not image.is_floating_point():
             raise ValueError(f"{self.key}: image must be (N, C, H, W) float, got {tuple(image.shape)} {image.dtype}")
         n, c, h, w = image.shape
+        if c != self.channels:
+            raise ValueError(f"{self.key}: image must have {self.channels} channels, got {tuple(image.shape)}")
         if h == 0 or w == 0:
             raise ValueError(f"{self.key}: image must have at least one pixel, got {tuple(image.shape)}")
         if (

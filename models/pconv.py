@@ -47,7 +47,11 @@ class _Block(nn.Module):
             return None
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-        momentum = 0.1 if norm.momentum is None else norm.momentum
+        momentum: float | Tensor = 0.0
+        if norm.momentum is not None:
+            momentum = norm.momentum
+        elif norm.num_batches_tracked is not None:  # a cumulative average
+            momentum = 1.0 / norm.num_batches_tracked.clamp(min=1).float()
         return BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum, norm.eps)
 
 
@@ -199,7 +203,7 @@ class PConv(InpaintingModel):
     def __init__(self, levels: int = 8, channels: int = 3, width: int = 64, upsampling: str = "nearest") -> None:
         super().__init__()
         self.net: PConvUNet = PConvUNet(levels, channels, width, upsampling)
-        self.multiple = 2**levels
+        self.channels, self.multiple = channels, 2**levels
         known = channels == 3
         self.register_buffer("mean", _row(IMAGENET_MEAN if known else (0.5,) * channels), persistent=False)
         self.register_buffer("std", _row(IMAGENET_STD if known else (0.25,) * channels), persistent=False)

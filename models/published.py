@@ -68,9 +68,8 @@ def _read(given: str | PathLike[str] | State) -> Mapping[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"load_published: path must be an existing file, got {path}") from None
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"load_published: path must be a checkpoint of tensors, got {path} ({reason})") from None
+    except Exception as error:  # whatever the two readers raise, the cause stays attached
+        raise ValueError(f"load_published: path must be a checkpoint of nothing but tensors, got {path}") from error
     _require(isinstance(loaded, Mapping), "path", "a checkpoint with a state dict", type(loaded).__name__)
     return loaded
 
@@ -105,12 +104,9 @@ def _load(model: torch.nn.Module, state: Mapping[str, Tensor], names: Mapping[st
 def _sizes(state: State, first: str, levels: int, source: str) -> tuple[int, int]:
     """(channels, width) from the first convolution's weight."""
     weight = state.get(first)
-    _require(
-        weight is not None and weight.dim() == 4 and levels > 0,
-        "checkpoint",
-        f"a {source} U-Net with {first}",
-        _some(state),
-    )
+    shape = "none" if weight is None else tuple(weight.shape)
+    fits = weight is not None and weight.dim() == 4 and levels > 0
+    _require(fits, "checkpoint", f"a {source} U-Net with a 4-dimensional {first}", shape)
     assert weight is not None
     return weight.size(1), weight.size(0)
 
@@ -141,7 +137,10 @@ def _read_naoto0804(state: State, **config: Any) -> PConv:
         index = int(number) - 1 if side == "enc" else levels - int(number)
         rest = rest.replace("conv.input_conv.", "conv.").replace("bn.", "norm.")
         own = f"{'encoder' if side == 'enc' else 'decoder'}.{index}.{rest}"
-        renamed[own] = value / value[0].numel() if rest == "conv.weight" else value
+        if rest == "conv.weight":
+            # In half precision the quotient would lose digits that the model keeps.
+            value = value.to(torch.promote_types(value.dtype, torch.float32)) / value[0].numel()
+        renamed[own] = value
         names[own] = name
     model = PConv(levels, channels, width, **config)
     _load(model.net, renamed, names)

@@ -26,12 +26,25 @@ def test_status_names_every_backend() -> None:
     assert status["reference"] == "" and all(isinstance(reason, str) for reason in status.values())
 
 
-@pytest.mark.parametrize("name", _backends.NAMES[1:])
-def test_usable(name: str) -> None:
-    """The tests of the operators run on these; what can't run here is skipped in this place, with its reason."""
-    if name in UNUSABLE:
-        pytest.skip(f"{name}: {_backends.status()[name]}")
-    assert name in USABLE
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_the_operator_tests_leave_out(name: str) -> None:
+    """Said once, here, with the reason."""
+    pytest.skip(f"{name}: {_backends.status()[name]}")
+
+
+@pytest.mark.skipif(
+    "CI" not in os.environ, reason="a machine without a compiler may run the tests on the reference alone"
+)
+def test_ci_has_the_kernels_it_is_to_test() -> None:
+    assert _backends.status()["cpu"] == ""
+
+
+def test_a_context_can_be_entered_again() -> None:
+    context = use_backend("reference")
+    for _ in range(2):
+        with context:
+            assert _backends._selected == "reference"
+        assert _backends._selected == "auto"
 
 
 @pytest.mark.skipif(not UNUSABLE, reason="every backend runs here")

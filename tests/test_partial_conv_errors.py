@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import OPERATORS
 from torch import Tensor
 
 import fused_inpaint
@@ -98,6 +99,14 @@ REFUSED = {
     "bias dtype": (dict(bias=ones(8).half()), "bias must be torch.float32 as x, got torch.float16"),
     "bias device": (dict(bias=ones(8).to("meta")), "bias must be on cpu as x, got meta"),
     "bias with norm": (dict(batch_norm=norm()), "bias must be None with batch_norm, got a tensor"),
+    "no channel": (
+        dict(x=ones(4, 0, 64, 64), mask=ones(4, 0, 64, 64), weight=ones(8, 0, 3, 3)),
+        "x must be of at least one channel, got (4, 0, 64, 64)",
+    ),
+    "norm bias size": (
+        dict(bias=None, batch_norm=norm()._replace(bias=ones(1))),
+        "batch_norm must be of 8 channels, got (1,)",
+    ),
     "norm size": (dict(bias=None, batch_norm=norm(7)), "batch_norm must be of 8 channels, got (7,)"),
     "norm statistics": (
         dict(bias=None, batch_norm=norm(training=False)),
@@ -139,6 +148,7 @@ def test_arguments(backend: str, changes: dict, sentence: str) -> None:
     refused(f"partial_conv2d: {sentence}", conv(**changes))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "value, shown, dtype",
     [(2, "2", torch.uint8), (255, "255", torch.uint8), (0.5, "0.5", torch.float32), (-1.0, "-1", torch.float32),
@@ -171,6 +181,37 @@ def test_upconv(backend: str) -> None:
         ops.partial_upconv2d(x, m, skip, m, ones(5, 6, 3, 3))
 
 
+WRONG = {
+    "scale": lambda a: a | {"scale": torch.ones(1)},
+    "bias": lambda a: a | {"bias": torch.ones(3)},
+    "channels": lambda a: a | {"sources": [torch.ones(1, 5, 8, 8)]},
+    "mask batch": lambda a: a | {"masks": [torch.ones(3, 1, 8, 8, dtype=torch.uint8)]},
+    "mask dtype": lambda a: a | {"masks": [torch.ones(1, 1, 8, 8)]},
+    "count size": lambda a: a | {"count": torch.ones(1, 1, 9, 8, dtype=torch.int32)},
+    "even kernel": lambda a: a | {"weight": torch.ones(4, 2, 2, 2), "upsample": [2]},
+}
+
+
+@OPERATORS
+@pytest.mark.parametrize("wrong", WRONG)
+def test_operators_stay_inside_their_memory(backend: str, wrong: str) -> None:
+    """A direct call of the operator with sizes that do not fit is refused before anything is read."""
+    arguments: dict[str, Any] = {
+        "sources": [torch.ones(1, 2, 8, 8)],
+        "masks": [torch.ones(1, 1, 8, 8, dtype=torch.uint8)],
+        "count": torch.ones(1, 1, 8, 8, dtype=torch.int32),
+        "weight": torch.ones(4, 2, 3, 3),
+        "bias": None,
+        "scale": None,
+        "upsample": [1],
+    }
+    rest = ([1, 1], [1, 1], [1, 1], 1, "none", 0.2, 0, [])
+    call = torch.ops.fused_inpaint.partial_conv2d
+    assert call(*arguments.values(), *rest).shape == (1, 4, 8, 8)
+    with pytest.raises(RuntimeError, match=r"partial_conv2d: .* must "):
+        call(*WRONG[wrong](arguments).values(), *rest)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -181,6 +222,8 @@ def test_upconv(backend: str) -> None:
         ((ones(1, 1, 6, 6), 3, 3, 1, -1), "padding must be an int or two of at least 0, got -1"),
         (([ones(1, 1, 6, 6)] * 2, 3, 3), "mask, channels and upsample must be of one length, got 2, 1 and 2"),
         ((ones(1, 1, 6, 6).long(), 3, 3), "mask must be uint8, bool or float, got torch.int64"),
+        (([ones(2, 1, 6, 6), ones(4, 1, 6, 6)], [3, 3], 3), "mask must be of one batch or 1, got [2, 4]"),
+        ((ones(1, 0, 6, 6), 0, 3), "channels must be 1 or more, got 0"),
     ],
 )
 def test_window_arguments(backend: str, arguments: tuple, sentence: str) -> None:
@@ -206,7 +249,7 @@ def test_layers() -> None:
         "PartialConv2d: padding must be an int or two of at least 0, got same",
         lambda: PartialConv2d(3, 4, 3, padding="same"),  # type: ignore[arg-type]
     )
-    refused("PartialUpConv2d: kernel_size must be odd, got 4", lambda: PartialUpConv2d(3, 4, 5, 4))
+    refused("PartialUpConv2d: kernel_size must be an odd int, got 4", lambda: PartialUpConv2d(3, 4, 5, 4))
     with pytest.raises(
         ValueError, match=r"^partial_conv2d: weight must be .* for x of 2 channels, got \(4, 3, 3, 3\)$"
     ):

@@ -16,7 +16,8 @@ from test_partial_conv import skip_unsupported
 from torch import Tensor, nn
 
 import fused_inpaint
-from fused_inpaint import PartialConv2d, PartialUpConv2d, ops
+from fused_inpaint import PartialConv2d, PartialUpConv2d, _backends, ops, use_backend
+from fused_inpaint.ops.partial_conv import packing, routes
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 SMALL = Path(__file__).with_name("data") / "nvidia_partialconv2d.npz"
@@ -128,7 +129,9 @@ def through_torch_save(layer: nn.Module) -> nn.Module:
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "save": through_torch_save}
 
 
-@pytest.mark.parametrize("prepacked", [False, True], ids=["plain", "prepacked"])
+@pytest.mark.parametrize(
+    "prepacked", [False, pytest.param(True, marks=pytest.mark.cpu_only)], ids=["plain", "prepacked"]
+)
 @pytest.mark.parametrize("method", COPIES)
 @pytest.mark.parametrize("layer", layers())
 def test_copies(backend: str, layer: nn.Module, method: str, prepacked: bool) -> None:
@@ -144,6 +147,7 @@ def test_copies(backend: str, layer: nn.Module, method: str, prepacked: bool) ->
     assert list(copied.state_dict()) == ["weight", "bias"]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("layer", layers())
 def test_prepacked_weights_follow_the_weight(backend: str, layer: nn.Module) -> None:
     plain = copy.deepcopy(layer).eval()
@@ -154,6 +158,45 @@ def test_prepacked_weights_follow_the_weight(backend: str, layer: nn.Module) -> 
             assert_close(packed(*arguments(layer))[0], plain(*arguments(layer))[0], 5e-5)
     packed(*arguments(layer))[0].sum().backward()
     assert packed.weight.grad is not None
+
+
+@pytest.mark.cpu_only
+@pytest.mark.skipif(not packing._available(), reason="this torch has no oneDNN to pack for")
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("side", [2, 12], ids=["small", "folded"])
+def test_prepacked_weights_are_used_and_equal(kernel: int, side: int) -> None:
+    """Both forms of every kernel size, and one entry for each form however many sizes come."""
+    layer = fused_inpaint.prepack(PartialUpConv2d(5, 3, 6, kernel).eval())
+    mask, skip_mask = (torch.rand(1, 1, n, n) > 0.3 for n in (side, 2 * side))
+    given = (torch.randn(1, 5, side, side), mask, torch.randn(1, 3, 2 * side, 2 * side), skip_mask)
+    if _backends.status()["cpu"]:
+        pytest.skip(_backends.status()["cpu"])
+    with torch.no_grad():
+        packed = layer(*given)[0]
+        with use_backend("reference"):
+            assert_close(packed, layer(*given)[0], 5e-5)
+        layer(*[t[..., :-2, :] if t.size(-1) > side else t[..., :-1, :] for t in given])
+    form = side * side >= routes.fold_from("packed")
+    assert isinstance(layer._prepacked.entries[form], packing.PackedWeight)
+    assert len(layer._prepacked.entries) == 1
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(*given)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.cpu_only
+def test_prepacked_weights_belong_to_one_tensor() -> None:
+    """A new weight at the address of a freed one is not taken for it."""
+    layer = fused_inpaint.prepack(PartialConv2d(16, 16, 3, padding=1, bias=False).eval())
+    x, weight = torch.randn(1, 16, 8, 8), layer.weight.detach().clone()
+    with torch.no_grad():
+        once = layer(x)
+        for factor in (2.0, 3.0, 5.0, 7.0):
+            out = torch.func.functional_call(layer, {"weight": weight * factor}, (x,))
+            torch.testing.assert_close(out, factor * once, rtol=1e-4, atol=1e-4)
+        for factor in (2.0, 3.0, 5.0, 7.0):
+            layer.weight = None
+            layer.weight = nn.Parameter(weight * factor)
+            torch.testing.assert_close(layer(x), factor * once, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", layers())

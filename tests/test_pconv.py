@@ -128,6 +128,65 @@ def test_gradients_equal_the_reference(backend: str, train: bool) -> None:
     assert found[0][mask.expand_as(image) == 0].abs().max() == 0
 
 
+def test_gradients_that_keep_their_graph(backend: str) -> None:
+    """With create_graph=True, first and second derivatives of a network whose features feed several layers."""
+    net = small().double().net.train()
+    randomise(net)
+    image, mask = picture(dtype=torch.float64)
+
+    def derivatives(model: nn.Module) -> list[Tensor]:
+        x = image.clone().requires_grad_()
+        first = torch.autograd.grad(model(x, mask)[0].square().sum(), [x, *model.parameters()], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *model.parameters()])
+        return [*first, *second]
+
+    found = derivatives(copy.deepcopy(net))
+    with use_backend("reference"):
+        expected = derivatives(copy.deepcopy(net))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * b.abs().max().item())
+
+
+def test_a_weight_used_twice_keeps_its_graph(backend: str) -> None:
+    layer = PartialConv2d(3, 3, 3, padding=1).double()
+    x, mask = torch.rand(1, 3, 8, 8, dtype=torch.float64), (torch.rand(1, 1, 8, 8) > 0.4).double()
+    y = layer(torch.tanh(layer(x, mask)), mask).square().sum()
+    kept, plain = (torch.autograd.grad(y, layer.weight, create_graph=c, retain_graph=True)[0] for c in (True, False))
+    torch.testing.assert_close(kept, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_the_network_sees_imagenet_normalised_pictures() -> None:
+    model = small().eval()
+    image, mask = picture()
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        out = model.net((image - mean) / std, mask)[0] * std + mean
+        torch.testing.assert_close(model(image, mask).image, out.clamp(0, 1))
+
+
+def test_cumulative_statistics() -> None:
+    """momentum=None is torch's cumulative average."""
+    net = small(levels=2).net.train()
+    norm = net.encoder[1].norm
+    norm.momentum = None
+    values = []
+    for _ in range(3):
+        other = copy.deepcopy(net)
+        other.encoder[1].norm.momentum, seen = 1.0, picture()
+        other(*seen)
+        values.append(other.encoder[1].norm.running_mean)
+        net(*seen)
+    torch.testing.assert_close(norm.running_mean, sum(values) / 3)
+
+
+def test_inpaint_leaves_every_mode_as_it_was() -> None:
+    model = small().train()
+    model.net.encoder[1].norm.eval()
+    model.inpaint(*picture(1))
+    assert model.training and not model.net.encoder[1].norm.training and model.net.encoder[2].norm.training
+
+
 @pytest.mark.parametrize("size", [(97, 131), (1, 1), (5, 64), (8, 8)])
 def test_any_size(backend: str, size: tuple[int, int]) -> None:
     model = small().eval()
@@ -279,7 +338,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no checkpoint")
     for given, part in [
         (tmp_path / "absent.pth", "path must be an existing file"),
-        (tmp_path / "text.pth", "path must be a checkpoint of tensors"),
+        (tmp_path / "text.pth", "path must be a checkpoint of nothing but tensors"),
         ({"a": torch.zeros(1)}, "checkpoint must be one of a known source"),
         ({}, "checkpoint must be a mapping of names to tensors"),
     ]:
@@ -302,6 +361,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         (lambda: small(upsampling="cubic"), "pconv: upsampling must be nearest or bilinear, got cubic"),
         (lambda: small()(torch.rand(3, 8, 8), torch.ones(1, 1, 8, 8)), r"pconv: image must be \(N, C, H, W\) float"),
         (lambda: small()(torch.rand(1, 3, 8, 8), torch.ones(1, 2, 8, 8)), r"pconv: mask must be \(1, 1, 8, 8\) or"),
+        (lambda: small()(torch.rand(1, 1, 8, 8), torch.ones(1, 1, 8, 8)), "pconv: image must have 3 channels"),
         (lambda: small()(torch.rand(1, 3, 0, 8), torch.ones(1, 1, 0, 8)), "pconv: image must have at least one pixel"),
         (lambda: small().net(torch.rand(1, 3, 8, 9), torch.ones(1, 1, 8, 9)), "sides that are multiples of 8"),
     ],

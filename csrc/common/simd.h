@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
 // A plain -O3 build stops at SSE2. Functions marked so are compiled once more for AVX2, and the loader picks. FMA is
 // left out: without it both clones give the same bits. Only ELF systems with a compiler that knows function
 // multiversioning have the mechanism.
@@ -15,7 +19,9 @@
 #else
 #define FUSED_INPAINT_CLONES
 #endif
-#if defined(__GNUC__)
+#if defined(__CUDACC__) || defined(FUSED_INPAINT_EMULATE)
+#define FUSED_INPAINT_INLINE __host__ __device__ inline
+#elif defined(__GNUC__)
 #define FUSED_INPAINT_INLINE inline __attribute__((always_inline))
 #else
 #define FUSED_INPAINT_INLINE inline

@@ -32,9 +32,10 @@ inline Activation parse_activation(const std::string& name) {
 // phase a of output row 2i + a is row i + a * shift of that convolution, padded by `padding`.
 struct Fold {
   int64_t kernel, taps, padding, shift;
-  explicit Fold(int64_t k) : kernel(k), taps((k + 1) / 2), padding((k / 2 + 1) / 2), shift((k / 2) % 2) {}
+  FUSED_INPAINT_INLINE explicit Fold(int64_t k)
+      : kernel(k), taps((k + 1) / 2), padding((k / 2 + 1) / 2), shift((k / 2) % 2) {}
   // Tap of the folded kernel that holds tap u of the kernel, for phase a.
-  int64_t tap(int64_t a, int64_t u) const {
+  FUSED_INPAINT_INLINE int64_t tap(int64_t a, int64_t u) const {
     const int64_t offset = a - kernel / 2 + u;                           // of the upsampled row, from 2i
     const int64_t low = offset >= 0 ? offset / 2 : -((1 - offset) / 2);  // floor
     return low + padding - a * shift;
@@ -50,7 +51,7 @@ struct Output {
   Activation activation;
   double slope;
 
-  int64_t pixels() const { return n * h * w; }
+  FUSED_INPAINT_INLINE int64_t pixels() const { return n * h * w; }
   FUSED_INPAINT_INLINE const int32_t* count_row(int64_t row) const {
     return count + (count_n == 1 ? row % h : row) * w;
   }
@@ -61,10 +62,49 @@ struct Output {
   }
 };
 
-Output describe_output(const Tensor& y, const Tensor& count, double window, const std::string& activation,
-                       double slope);
+inline Output describe_output(const Tensor& y, const Tensor& count, double window, const std::string& activation,
+                              double slope) {
+  return {y.size(0),
+          y.size(1),
+          y.size(2),
+          y.size(3),
+          static_cast<const int32_t*>(count.const_data_ptr()),
+          count.size(0),
+          window,
+          parse_activation(activation),
+          slope};
+}
 
-// partial_epilogue_cpu.cpp. `phases` is the low-resolution convolution of Fold or null; `scale` and `bias` have c
+// Side of a convolution's output.
+inline int64_t window_output(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+// Of masks that belong together: the batch, 1 if all of them are shared, 0 if one is empty.
+inline int64_t batch_of(const std::vector<Tensor>& masks) {
+  int64_t batch = 1;
+  for (const Tensor& m : masks) {
+    if (m.size(0) == 0) return 0;
+    if (m.size(0) > batch) batch = m.size(0);
+  }
+  return batch;
+}
+
+inline void check_masks(const std::vector<Tensor>& masks, const Ints& channels, const Ints& upsample) {
+  STD_TORCH_CHECK(!masks.empty() && masks.size() == channels.size() && masks.size() == upsample.size(),
+                  "partial_window: masks, channels and upsample must be of one length");
+  for (size_t i = 0; i < masks.size(); ++i)
+    STD_TORCH_CHECK(masks[i].dim() == 4 && masks[i].scalar_type() == ScalarType::Byte && masks[i].is_contiguous() &&
+                        masks[i].size(1) > 0 && (masks[i].size(0) == 1 || masks[i].size(0) == batch_of(masks)) &&
+                        masks[i].size(2) * upsample[i] == masks[0].size(2) * upsample[0] &&
+                        masks[i].size(3) * upsample[i] == masks[0].size(3) * upsample[0],
+                    "partial_window: masks must be contiguous uint8 of one batch and one size after upsampling");
+}
+
+// The passes of each device, which the host functions of partial_conv_host.h put between the vendor's convolutions.
+namespace FUSED_INPAINT_DEVICE {
+
+// partial_epilogue. `phases` is the low-resolution convolution of Fold or null; `scale` and `bias` have c
 // values. y: in, the sum of the full-resolution convolutions (or anything when !y_holds_sum); out, the layer's output.
 void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor& scale,
               const Tensor& bias);
@@ -78,7 +118,7 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
                          const Tensor& var, const Tensor& weight, const Tensor& bias, double eps, Tensor& grad_conv,
                          Tensor* grad_phases, int64_t shift, Tensor& grad_weight, Tensor& grad_bias);
 
-// partial_operands_cpu.cpp
+// partial_operands
 Tensor select_valid(const Tensor& x, const Tensor& mask);
 void zero_holes(Tensor& x, const Tensor& mask);
 Tensor concat_sources(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Ints& upsample);
@@ -88,5 +128,7 @@ Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels);
 void unfold_gradient(const Tensor& grad_folded, int64_t first, Tensor& grad_weight);
 void place_gradient(const Tensor& grad_slice, int64_t first, Tensor& grad_weight);
 void accumulate(Tensor& sum, const Tensor& term);
+
+}  // namespace FUSED_INPAINT_DEVICE
 
 }  // namespace fused_inpaint

@@ -2,45 +2,18 @@
 // The passes over the output: renormalisation, bias or batch norm, activation and holes in one read and one write, and
 // the same backwards. Reductions run over blocks of a fixed number of pixels and are merged in order, so that the
 // result does not depend on the number of threads.
+#define FUSED_INPAINT_DEVICE cpu
 #include <algorithm>
 #include <cmath>
 
 #include "common/dispatch.h"
 #include "partial_conv/partial_conv.h"
+#include "partial_conv/partial_pixel.h"
 
-namespace fused_inpaint {
+namespace fused_inpaint::cpu {
 namespace {
 
 using torch::stable::parallel_for;
-
-template <Activation kind, typename A>
-FUSED_INPAINT_INLINE A activate(A v, A slope) {
-  if constexpr (kind == Activation::relu) return v < 0 ? A(0) : v;
-  // Both sides are computed, then one is chosen: a select is what the compiler can turn into vectors.
-  const A scaled = v * slope;
-  if constexpr (kind == Activation::leaky_relu) return v < 0 ? scaled : v;
-  return v;
-}
-
-// The derivative, as torch takes it at 0; `v` is the activation's input or output (their signs agree).
-template <Activation kind, typename A>
-FUSED_INPAINT_INLINE A slope_at(A v, A slope) {
-  if constexpr (kind == Activation::relu) return v > 0 ? A(1) : A(0);
-  if constexpr (kind == Activation::leaky_relu) return v > 0 ? A(1) : slope;
-  return A(1);
-}
-
-template <typename F>
-void with_activation(Activation kind, F&& body) {
-  switch (kind) {
-    case Activation::none:
-      return body.template operator()<Activation::none>();
-    case Activation::relu:
-      return body.template operator()<Activation::relu>();
-    case Activation::leaky_relu:
-      return body.template operator()<Activation::leaky_relu>();
-  }
-}
 
 // Parameters in the accumulator type: c values, widened from the tensor's own type.
 template <typename A>
@@ -52,23 +25,6 @@ std::vector<A> widen(const Tensor& t) {
   });
   return out;
 }
-
-// The low-resolution convolution of the folded upsample: (n, h/2 + shift, w/2 + shift, 4, c) in memory.
-struct Phases {
-  int64_t h, w, c, shift;
-  // First element of the pair of phases that output row `row` of all (n * out_h) reads.
-  FUSED_INPAINT_INLINE int64_t row(int64_t row, int64_t out_h) const {
-    const int64_t n = row / out_h, y = row % out_h, a = y % 2;
-    return ((n * h + y / 2 + a * shift) * w * 4 + a * 2) * c;
-  }
-  // From there, the channels of column x.
-  FUSED_INPAINT_INLINE int64_t column(int64_t x) const {
-    const int64_t b = x % 2;
-    return ((x / 2 + b * shift) * 4 + b) * c;
-  }
-};
-
-Phases phases_of(const Output& out, int64_t shift) { return {out.h / 2 + shift, out.w / 2 + shift, out.c, shift}; }
 
 // The sum of the convolutions at a pixel: from y, from the phases, or both.
 template <typename T, bool from_y, bool from_phases>
@@ -159,7 +115,7 @@ FUSED_INPAINT_CLONES void epilogue_backward_block(const T* grad, const T* y, Out
     }
     const T *d = grad + pixel * out.c, *o = y + pixel * out.c;
     for (int64_t c = 0; c < out.c; ++c) {
-      const A v = load(d[c]) * slope_at<kind>(A(load(o[c])), slope);
+      const A v = through<kind>(A(load(d[c])), A(load(o[c])), slope);
       bias_sum[c] += v;
       store(g + c, v * ratio * scale[c]);
     }
@@ -252,7 +208,7 @@ FUSED_INPAINT_CLONES void norm_sums_block(const T* grad, const T* conv, Output o
     const T *d = grad + pixel * out.c, *v = conv + pixel * out.c;
     for (int64_t c = 0; c < out.c; ++c) {
       const A x_hat = (load(v[c]) * ratio - mean[c]) * inverse[c];
-      const A g = load(d[c]) * slope_at<kind>(x_hat * weight[c] + bias[c], slope);
+      const A g = through<kind>(A(load(d[c])), x_hat * weight[c] + bias[c], slope);
       sum[c] += g;
       dot[c] += g * x_hat;
     }
@@ -277,7 +233,7 @@ FUSED_INPAINT_CLONES void norm_gradient_rows(const T* grad, const T* conv, Outpu
     const T *d = grad + pixel * out.c, *v = conv + pixel * out.c;
     for (int64_t c = 0; c < out.c; ++c) {
       const A x_hat = (load(v[c]) * ratio - mean[c]) * inverse[c];
-      const A g = load(d[c]) * slope_at<kind>(x_hat * weight[c] + bias[c], slope);
+      const A g = through<kind>(A(load(d[c])), x_hat * weight[c] + bias[c], slope);
       store(o + c, (g - mean_g[c] - x_hat * mean_dot[c]) * inverse[c] * weight[c] * ratio);
     }
   }
@@ -302,19 +258,6 @@ void write(Tensor& t, const std::vector<V>& values) {
 }
 
 }  // namespace
-
-Output describe_output(const Tensor& y, const Tensor& count, double window, const std::string& activation,
-                       double slope) {
-  return {y.size(0),
-          y.size(1),
-          y.size(2),
-          y.size(3),
-          data<int32_t>(count),
-          count.size(0),
-          window,
-          parse_activation(activation),
-          slope};
-}
 
 void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor& scale,
               const Tensor& bias) {
@@ -457,4 +400,4 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
   });
 }
 
-}  // namespace fused_inpaint
+}  // namespace fused_inpaint::cpu

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operands of the vendor's convolution: sources with their holes zeroed, weights cut and folded, and the way back.
+#define FUSED_INPAINT_DEVICE cpu
 #include <algorithm>
 #include <atomic>
 
 #include "common/dispatch.h"
 #include "partial_conv/partial_conv.h"
 
-namespace fused_inpaint {
+namespace fused_inpaint::cpu {
 namespace {
 
 using torch::stable::parallel_for;
@@ -244,4 +245,4 @@ void accumulate(Tensor& sum, const Tensor& term) {
   });
 }
 
-}  // namespace fused_inpaint
+}  // namespace fused_inpaint::cpu

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Masks: checked and packed into planes of bytes, and summed over the kernel's windows.
+#define FUSED_INPAINT_DEVICE cpu
 #include <algorithm>
 
 #include "common/dispatch.h"
 #include "partial_conv/partial_conv.h"
 
-namespace fused_inpaint {
+namespace fused_inpaint::cpu {
 namespace {
 
 // The first value that is neither 0 nor 1, or nothing.
@@ -78,7 +79,7 @@ FUSED_INPAINT_CLONES void sum_down(const int32_t* in, int32_t* __restrict out, u
 
 }  // namespace
 
-Tensor mask_plane_cpu(Tensor mask, std::string name) {
+Tensor mask_plane(Tensor mask, std::string name) {
   // float16 to float32 is exact, and saves the kernels a type that the CPU does not compute in.
   const bool half = mask.scalar_type() == ScalarType::Half;
   const Tensor dense = torch::stable::contiguous(half ? torch::stable::to(mask, ScalarType::Float) : mask);
@@ -98,23 +99,13 @@ Tensor mask_plane_cpu(Tensor mask, std::string name) {
   return plane;
 }
 
-std::tuple<Tensor, Tensor> partial_window_cpu(std::vector<Tensor> masks, Ints channels, Ints upsample, Ints kernel,
-                                              Ints stride, Ints padding, Ints dilation) {
-  STD_TORCH_CHECK(!masks.empty() && masks.size() == channels.size() && masks.size() == upsample.size(),
-                  "partial_window: masks, channels and upsample must be of one length");
-  for (size_t i = 0; i < masks.size(); ++i)
-    STD_TORCH_CHECK(masks[i].dim() == 4 && masks[i].scalar_type() == ScalarType::Byte && masks[i].is_contiguous() &&
-                        masks[i].size(2) * upsample[i] == masks[0].size(2) * upsample[0] &&
-                        masks[i].size(3) * upsample[i] == masks[0].size(3) * upsample[0],
-                    "partial_window: masks must be contiguous uint8 of one size after upsampling");
-  int64_t batch = 1;
-  for (const Tensor& m : masks) batch = std::max(batch, m.size(0) == 0 ? 0 : m.size(0));
-  for (const Tensor& m : masks)
-    if (m.size(0) == 0) batch = 0;
+std::tuple<Tensor, Tensor> partial_window(std::vector<Tensor> masks, Ints channels, Ints upsample, Ints kernel,
+                                          Ints stride, Ints padding, Ints dilation) {
+  check_masks(masks, channels, upsample);
+  const int64_t batch = batch_of(masks);
   const int64_t h = masks[0].size(2) * upsample[0], w = masks[0].size(3) * upsample[0];
   auto axis = [&](int d, int64_t size) {
-    const int64_t reach = dilation[d] * (kernel[d] - 1) + 1;
-    const int64_t out = (size + 2 * padding[d] - reach) / stride[d] + 1;
+    const int64_t out = window_output(size, kernel[d], stride[d], padding[d], dilation[d]);
     return Axis{size, out, kernel[d], stride[d], padding[d], dilation[d]};
   };
   const Axis rows = axis(0, h), cols = axis(1, w);
@@ -147,8 +138,8 @@ std::tuple<Tensor, Tensor> partial_window_cpu(std::vector<Tensor> masks, Ints ch
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, CPU, m) {
-  m.impl("mask_plane", TORCH_BOX(&mask_plane_cpu));
-  m.impl("partial_window", TORCH_BOX(&partial_window_cpu));
+  m.impl("mask_plane", TORCH_BOX(&mask_plane));
+  m.impl("partial_window", TORCH_BOX(&partial_window));
 }
 
-}  // namespace fused_inpaint
+}  // namespace fused_inpaint::cpu

@@ -19,10 +19,20 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def _check_backend() -> None:
+    from .. import _backends
+
+    try:
+        _backends.require_runnable()
+    except (ValueError, _backends.NoBackendError) as error:
+        raise UserError(f"FUSED_INPAINT_BACKEND: {error}") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 something the user can put right (one sentence on stderr), 130 interrupted."""
     arguments = parser().parse_args(argv)
     try:
+        _check_backend()
         arguments.run(arguments)
     except UserError as error:
         print(f"fused-inpaint {arguments.verb}: {error}", file=sys.stderr)

@@ -30,6 +30,12 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text}")
+    return int(text)
+
+
 class ProgressBar:
     """`bar(fraction, text)`: a bar that redraws itself on a terminal, a line every ten seconds elsewhere."""
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ._common import ProgressBar, UserError, positive_float, positive_int
+from ._common import ProgressBar, UserError, positive_float, positive_int, seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ def add(verbs: Any) -> None:
     limit = f"time of both fits together (%(default)s, at most {MOST_SECONDS:.0f})"
     verb.add_argument("--seconds", type=positive_float, default=90.0, help=limit)
     verb.add_argument("--steps", type=positive_int, help="at most so many training steps")
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--seed", type=seed, default=0)
     verb.set_defaults(run=run)
 
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ._common import ProgressBar, UserError, positive_float, positive_int
+from ._common import ProgressBar, UserError, positive_float, positive_int, seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("--weights", metavar="FILE", help="a checkpoint: no fitting, one forward pass")
     verb.add_argument("--seconds", type=positive_float, default=60.0, help="time for fitting (%(default)s)")
     verb.add_argument("--steps", type=positive_int, help="training steps, instead of --seconds")
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--seed", type=seed, default=0)
     verb.set_defaults(run=run)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers over ops.partial_conv2d: parameters and a call."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,37 +9,47 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import BatchNorm, Window, partial_conv2d, partial_window
-from ..ops.partial_conv.packing import PackedWeight, pack
+from ..ops.partial_conv.packing import PackedWeight, folds, pack
 
 
 class _Prepacked:
     """A layer's packed weights, for as long as its weight stays as it was."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[int, ...], PackedWeight | None] = {}
+        self.entries: dict[bool, PackedWeight | None] = {}
         self._stamp: tuple[Any, ...] = ()
 
-    def get(self, weight: Tensor, sizes: list[torch.Size], *geometry: Any) -> PackedWeight | None:
-        stamp = (weight.data_ptr(), weight._version, weight.dtype)
-        if stamp != self._stamp:
-            self._entries.clear()
-            self._stamp = stamp
-        size = tuple(sizes[0])
-        if size not in self._entries:
-            # Other sizes work with the same layout; they are told apart because the best form depends on them.
-            self._entries[size] = pack(weight, sizes, *geometry)
-        return self._entries[size]
+    def get(
+        self,
+        weight: Tensor,
+        sizes: list[torch.Size],
+        upsample: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> PackedWeight | None:
+        # The tensor itself, not its address, which another one may come to have.
+        source, *state = self._stamp or (lambda: None,)
+        if source() is not weight or state != [weight._version, weight.data_ptr(), weight.dtype]:
+            self.entries = {}
+            self._stamp = (weakref.ref(weight), weight._version, weight.data_ptr(), weight.dtype)
+        # One layout serves all sizes; only whether to fold depends on them.
+        fold = folds(sizes[0], upsample)
+        if fold not in self.entries:
+            self.entries[fold] = pack(weight, sizes, upsample, stride, padding, dilation, groups, fold)
+        return self.entries[fold]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_entries": {}, "_stamp": ()}
+        return {"entries": {}, "_stamp": ()}
 
 
 def prepack(module: nn.Module, enabled: bool = True) -> nn.Module:
     """Prepare a module's partial convolutions for inference on the CPU, and return it.
 
     From then on a layer in eval mode and without gradients folds its weight and lays it out for oneDNN at its first
-    call of a size, and keeps the result beside the weight (about twice the memory for it): deep layers run up to twice
-    as fast.
+    call, and keeps the result beside the weight (up to 16/9 of its memory for a folded one, and again for the unfolded
+    form if maps are small).
     Training is not affected, and weights that change (optimizer, `load_state_dict`, `.to`) are packed anew; only a
     write through `weight.data` goes unnoticed, and needs a new `prepack`. `enabled=False` takes it back. Compiled and
     exported graphs do not use packed weights.
@@ -99,10 +110,12 @@ class PartialConv2d(nn.Conv2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value in [("padding", padding)]:
-            low = value if isinstance(value, int) else min(value) if not isinstance(value, str) else -1
-            if low < 0:
-                raise ValueError(f"PartialConv2d: {name} must be an int or two of at least 0, got {value}")
+        least = padding if isinstance(padding, int) else -1 if isinstance(padding, str) else min(padding)
+        if least < 0:
+            raise ValueError(f"PartialConv2d: padding must be an int or two of at least 0, got {padding}")
+        for name, flag in (("multi_channel", multi_channel), ("return_mask", return_mask)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"PartialConv2d: {name} must be a bool, got {flag}")
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
         )
@@ -163,15 +176,15 @@ class PartialUpConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"PartialUpConv2d: kernel_size must be odd, got {kernel_size}")
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"PartialUpConv2d: kernel_size must be an odd int, got {kernel_size}")
         self.up_channels, self.skip_channels = up_channels, skip_channels
         self.out_channels, self.kernel_size = out_channels, kernel_size
         size = (out_channels, up_channels + skip_channels, kernel_size, kernel_size)
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        _to_channels_last(self)
         self.reset_parameters()
+        _to_channels_last(self)
 
     def reset_parameters(self) -> None:
         """The initialisation of `nn.Conv2d`."""

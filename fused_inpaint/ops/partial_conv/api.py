@@ -160,9 +160,16 @@ def partial_window(
     if not len(masks) == len(counts) == len(ups) > 0:
         raise error(op, "mask, channels and upsample", "of one length", f"{len(masks)}, {len(counts)} and {len(ups)}")
     for m, c in zip(masks, counts, strict=True):
+        if c < 1:
+            raise error(op, "channels", "1 or more", c)
         if m.dim() != 4 or m.size(1) not in (1, c):
             raise error(op, "mask", f"(N, 1, H, W) or (N, {c}, H, W)", tuple(m.shape))
         check_mask_type(op, m)
+    batch = masks[0].size(0)
+    for m in masks:
+        if m.size(0) != batch and m.size(0) != 1 and batch != 1:
+            raise error(op, "mask", "of one batch or 1", [m.size(0) for m in masks])
+        batch = m.size(0) if batch == 1 else batch
     for m, up in zip(masks, ups, strict=True):
         if (m.size(2) * up, m.size(3) * up) != (masks[0].size(2) * ups[0], masks[0].size(3) * ups[0]):
             raise error(op, "mask", "of one size after upsampling", tuple(m.shape))
@@ -197,10 +204,12 @@ def _convolve(
     multi_channel: bool,
 ) -> tuple[Tensor, Tensor]:
     check_call(op, sources, weight, bias, geometry, epilogue)
+    given = window is not None
     if window is None:
         window = window_of(op, sources, masks, names, weight.shape[2:], geometry)
     else:
         check_window(op, window, sources, weight, geometry)
     y = run(op, sources, weight, bias, window, geometry, epilogue, fold, packed)
-    new_mask = window.mask.to(masks[0].dtype if masks else y.dtype)
+    # A copy of a window that others may share.
+    new_mask = window.mask.to(masks[0].dtype if masks else y.dtype, copy=given)
     return y, new_mask.expand(-1, weight.size(0), -1, -1) if multi_channel else new_mask

@@ -18,6 +18,8 @@ def check_call(
         raise error(op, "upsample", f"1 or 2 for each of {len(sources)} sources", upsample)
     for s in sources:
         check_feature_map(op, "x", s, sources[0])
+        if s.size(1) < 1:
+            raise error(op, "x", "of at least one channel", tuple(s.shape))
     n, h, w = sources[0].size(0), sources[0].size(2) * upsample[0], sources[0].size(3) * upsample[0]
     for s, up in zip(sources, upsample, strict=True):
         if s.size(0) != n or s.size(2) * up != h or s.size(3) * up != w:
@@ -33,7 +35,7 @@ def check_call(
     if epilogue.slope < 0:
         raise error(op, "slope", "0 or more", epilogue.slope)
     if epilogue.norm is not None:
-        _check_norm(op, epilogue.norm, bias, weight.size(0))
+        _check_norm(op, epilogue.norm, bias, weight)
     if 2 in upsample:
         k, plain = weight.size(2), [1, 1]
         same = weight.size(3) == k and k % 2 == 1 and geometry.padding == [k // 2, k // 2]
@@ -60,6 +62,9 @@ def check_window(op: str, window: Window, sources: list[Tensor], weight: Tensor,
     up = geometry.upsample[0]
     size = (sources[0].size(2) * up, sources[0].size(3) * up)
     out = check_output_size(op, "x", size, weight.shape[2:], geometry)
+    full = sum(s.size(1) for s in sources) * weight.size(2) * weight.size(3)
+    if window.full != full:
+        raise error(op, "window", f"of {full} values", window.full)
     if window.counts.shape[1:] != (1, *out) or window.counts.size(0) not in (1, sources[0].size(0)):
         raise error(op, "window", f"of {out[0]} x {out[1]} counts", tuple(window.counts.shape))
 
@@ -78,10 +83,14 @@ def _check_parameters(op: str, weight: Tensor, bias: Tensor | None, channels: in
             raise error(op, name, f"on {x.device} as x", parameter.device)
 
 
-def _check_norm(op: str, norm: BatchNorm, bias: Tensor | None, outputs: int) -> None:
+def _check_norm(op: str, norm: BatchNorm, bias: Tensor | None, weight: Tensor) -> None:
+    outputs = weight.size(0)
     if bias is not None:
         raise error(op, "bias", "None with batch_norm", "a tensor")
-    if norm.weight.shape != (outputs,):
-        raise error(op, "batch_norm", f"of {outputs} channels", tuple(norm.weight.shape))
+    for values in norm[:4]:
+        if isinstance(values, Tensor) and values.shape != (outputs,):
+            raise error(op, "batch_norm", f"of {outputs} channels", tuple(values.shape))
+        if isinstance(values, Tensor) and values.device != weight.device:
+            raise error(op, "batch_norm", f"on {weight.device} as the weight", values.device)
     if not norm.training and (norm.running_mean is None or norm.running_var is None):
         raise error(op, "batch_norm", "training or with running statistics", "neither")

@@ -129,7 +129,7 @@ def count(op: str, planes: list[Tensor], channels: list[int], kernel: Sequence[i
         counts, mask = reference.partial_window(*arguments)
     else:
         counts, mask = ops.partial_window(*arguments)
-    return Window(tuple(planes), counts, mask)
+    return Window(tuple(planes), counts, mask, sum(channels) * kernel[0] * kernel[1])
 
 
 def plane_of(op: str, mask: Tensor, name: str = "mask") -> Tensor:
@@ -163,7 +163,7 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 def _result_dtype(op: str, sources: list[Tensor], weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    if autocasts(weight):
+    if autocasts(weight) and all(autocasts(s) for s in sources):
         return torch.get_autocast_dtype(weight.device.type)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dtype != sources[0].dtype:

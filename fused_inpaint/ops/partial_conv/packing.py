@@ -43,6 +43,12 @@ def _tap(kernel: int, phase: int, u: int) -> int:
     return (phase - kernel // 2 + u) // 2 - (phase - kernel // 2) // 2
 
 
+def folds(size: Sequence[int], upsample: Sequence[int]) -> bool:
+    """Whether a layer with packed weights folds the upsample for a first source of this (N, C, H, W)."""
+    n, _, h, w = size
+    return 2 in upsample and n * h * w >= routes.fold_from("packed")
+
+
 def pack(
     weight: Tensor,
     sizes: Sequence[Sequence[int]],
@@ -58,7 +64,7 @@ def pack(
         return None
     n, _, h, w = sizes[0]
     if fold is None:
-        fold = 2 in upsample and n * h * w >= routes.fold_from("packed")
+        fold = folds(sizes[0], upsample)
     if not fold:
         whole = [n, sum(s[1] for s in sizes), h * upsample[0], w * upsample[0]]
         return PackedWeight(False, (_reorder(weight, padding, stride, dilation, groups, whole),))

@@ -81,6 +81,12 @@ def _wants_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def _aliases(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Stand-ins to differentiate by: the saved tensors may depend on each other, and on that path nothing may be
+    counted that their own backward counts again."""
+    return [None if t is None else t.view_as(t) for t in tensors]
+
+
 def _reference_gradients(output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
     """Differentiable gradients by the reference: second derivatives are autograd's own."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
@@ -115,8 +121,10 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_sources: Any
     if _wants_graph():
         with torch.enable_grad():
-            y = reference.partial_conv2d(sources, masks, count, weight, bias, scale, *ctx.geometry[:-1])
-            *grad_sources, grad_weight, grad_bias = _reference_gradients(y, [*sources, weight, bias], grad)
+            inputs = _aliases([*sources, weight, bias])
+            *x, w, b = inputs
+            y = reference.partial_conv2d(x, masks, count, w, b, scale, *ctx.geometry[:-1])
+            *grad_sources, grad_weight, grad_bias = _reference_gradients(y, inputs, grad)
     else:
         grad_sources, grad_weight, grad_bias = ops.partial_conv2d_backward(
             grad,
@@ -163,8 +171,9 @@ def _bn_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     grad_sources: Any
     if _wants_graph():
         with torch.enable_grad():
-            inputs = [*sources, weight, norm_weight, norm_bias]
-            y = reference.partial_conv2d_bn(sources, masks, count, weight, norm_weight, norm_bias, *ctx.rest[:-1])[0]
+            inputs = _aliases([*sources, weight, norm_weight, norm_bias])
+            *x, w, gain, shift = inputs
+            y = reference.partial_conv2d_bn(x, masks, count, w, gain, shift, *ctx.rest[:-1])[0]
             *grad_sources, grad_weight, grad_gain, grad_shift = _reference_gradients(y, inputs, grad)
     else:
         grad_sources, grad_weight, grad_gain, grad_shift = ops.partial_conv2d_bn_backward(

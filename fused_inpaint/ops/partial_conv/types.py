@@ -12,6 +12,7 @@ class Window(NamedTuple):
     planes: tuple[Tensor, ...]  # (N or 1, 1 or C_i, H_i, W_i) uint8, one for each source
     counts: Tensor  # (N or 1, 1, H', W') int32, valid values under each window
     mask: Tensor  # (N or 1, 1, H', W') uint8, the updated mask
+    full: int  # values of a window where all are valid: channels * kh * kw
 
 
 class BatchNorm(NamedTuple):
@@ -22,7 +23,7 @@ class BatchNorm(NamedTuple):
     running_mean: Tensor | None
     running_var: Tensor | None
     training: bool
-    momentum: float
+    momentum: float | Tensor
     eps: float
 
 

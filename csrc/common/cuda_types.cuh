@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Element types and vector accesses in device code.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <initializer_list>
+
+#include "common/dispatch.h"
+
+namespace fused_inpaint {
+
+__device__ inline float load(__half v) { return __half2float(v); }
+__device__ inline void store(__half* p, float v) { *p = __float2half(v); }
+
+__device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T v[V];
+};
+
+template <int V, typename T>
+__device__ Pack<T, V> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+template <int V, typename T>
+__device__ void store_pack(T* p, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+
+// Calls body.template operator()<V>() with as many elements as 16 bytes hold, or one where channels or addresses do not
+// divide. Tensors may be null.
+template <typename T, typename F>
+void with_pack(int64_t channels, std::initializer_list<const Tensor*> tensors, F&& body) {
+  constexpr int wide = 16 / sizeof(T);
+  bool fits = channels % wide == 0;
+  for (const Tensor* t : tensors) fits = fits && (!t || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0);
+  if (fits)
+    body.template operator()<wide>();
+  else
+    body.template operator()<1>();
+}
+
+template <typename F>
+void dispatch_cuda(ScalarType dtype, F&& body) {
+  if (dtype == ScalarType::Half) return body.template operator()<__half>();
+  dispatch_float("partial_conv2d", dtype, body);
+}
+
+}  // namespace fused_inpaint
