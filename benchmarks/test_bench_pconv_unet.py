@@ -62,7 +62,7 @@ def test_training(measure) -> None:
     ours = TrainingStep(network("ours", dtype=torch.float64), TRAINING_SIDE, BATCH, dtype=torch.float64)
     compare("unet256 training", "ours in float64", ours.outputs(), exact, 1e-6)
     truth = {"partial": lambda: exact}
-    measure(Row("unet256 training", rivals, truth, 1e-4, gradient_limit=0.2, rounds=7, inference=False))
+    measure(Row("unet256 training", rivals, truth, 1e-4, gradient_limit=0.1, rounds=7, inference=False))
 
 
 def test_memory(benchmark, keep) -> None:

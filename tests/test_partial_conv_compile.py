@@ -187,6 +187,7 @@ def test_compiled_checks(backend: str, device: torch.device) -> None:
         layer(torch.ones(1, 3, 8, 8, device=device), torch.ones(1, 2, 8, 8, device=device))
 
 
+@pytest.mark.cpu_only
 @OPERATORS
 def test_compiled_mask_values(backend: str, device: torch.device) -> None:
     if device.type != "cpu":
