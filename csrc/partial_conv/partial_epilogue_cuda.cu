@@ -11,6 +11,15 @@
 namespace fused_inpaint::cuda {
 namespace {
 
+// Parameters and statistics come in the accumulator's type; a narrower tensor would be read past its end.
+template <typename A>
+const A* parameters(const Tensor& t) {
+  const ScalarType expected = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(t.scalar_type() == expected, "partial_conv2d: parameters must be ",
+                  torch::headeronly::toString(expected), ", got ", torch::headeronly::toString(t.scalar_type()));
+  return data<A>(t);
+}
+
 template <typename T, int V, Activation kind>
 __global__ void epilogue_kernel(T* y, const T* phases, bool from_y, Phases at, Output out, const acc_t<T>* scale,
                                 const acc_t<T>* bias) {
@@ -255,7 +264,7 @@ void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, 
       with_pack<T>(out.c, {&y, phases}, [&]<int V>() {
         FUSED_INPAINT_LAUNCH((epilogue_kernel<T, V, kind>), blocks_for(out.pixels() * out.c / V), dim3(kThreads), 0,
                              current_stream(y), mutable_data<T>(y), phases ? data<T>(*phases) : nullptr, y_holds_sum,
-                             phases_of(out, shift), out, data<acc_t<T>>(scale), data<acc_t<T>>(bias));
+                             phases_of(out, shift), out, parameters<acc_t<T>>(scale), parameters<acc_t<T>>(bias));
       });
     });
   });
@@ -271,7 +280,7 @@ void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, c
       using A = acc_t<T>;
       Tensor partial = empty({chunks.n, out.c}, scale.scalar_type(), grad);
       FUSED_INPAINT_LAUNCH((epilogue_backward_kernel<T, kind>), tile_grid(chunks, out.c), dim3(kTile, kRows), 0,
-                           current_stream(grad), data<T>(grad), data<T>(y), chunks, out, data<A>(scale),
+                           current_stream(grad), data<T>(grad), data<T>(y), chunks, out, parameters<A>(scale),
                            mutable_data<T>(grad_conv), grad_phases ? mutable_data<T>(*grad_phases) : nullptr,
                            phases_of(out, shift), mutable_data<A>(partial));
       FUSED_INPAINT_LAUNCH(merge_kernel<A>, blocks_for(out.c), dim3(kThreads), 0, current_stream(grad),
@@ -302,8 +311,8 @@ void batch_norm(const Tensor& conv, const Output& out, const Tensor& mean, const
       with_pack<T>(out.c, {&conv, &y}, [&]<int V>() {
         using A = acc_t<T>;
         FUSED_INPAINT_LAUNCH((batch_norm_kernel<T, V, kind>), blocks_for(out.pixels() * out.c / V), dim3(kThreads), 0,
-                             current_stream(y), data<T>(conv), out, data<A>(mean), data<A>(var), data<A>(weight),
-                             data<A>(bias), static_cast<A>(eps), mutable_data<T>(y));
+                             current_stream(y), data<T>(conv), out, parameters<A>(mean), parameters<A>(var),
+                             parameters<A>(weight), parameters<A>(bias), static_cast<A>(eps), mutable_data<T>(y));
       });
     });
   });
@@ -320,16 +329,17 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
       using A = acc_t<T>;
       Tensor partial = empty({chunks.n, 2, out.c}, mean.scalar_type(), grad);
       FUSED_INPAINT_LAUNCH((norm_sums_kernel<T, kind>), tile_grid(chunks, out.c), dim3(kTile, kRows), 0,
-                           current_stream(grad), data<T>(grad), data<T>(conv), chunks, out, data<A>(mean), data<A>(var),
-                           data<A>(weight), data<A>(bias), static_cast<A>(eps), mutable_data<A>(partial));
+                           current_stream(grad), data<T>(grad), data<T>(conv), chunks, out, parameters<A>(mean),
+                           parameters<A>(var), parameters<A>(weight), parameters<A>(bias), static_cast<A>(eps),
+                           mutable_data<A>(partial));
       FUSED_INPAINT_LAUNCH(merge_kernel<A>, blocks_for(2 * out.c), dim3(kThreads), 0, current_stream(grad),
                            data<A>(partial), chunks.n, int64_t{2}, out.c, mutable_data<double>(sums));
       with_pack<T>(out.c, {&grad, &conv, &grad_conv, grad_phases}, [&]<int V>() {
         FUSED_INPAINT_LAUNCH((norm_gradient_kernel<T, V, kind>), blocks_for(out.pixels() * out.c / V), dim3(kThreads),
-                             0, current_stream(grad), data<T>(grad), data<T>(conv), out, data<A>(mean), data<A>(var),
-                             data<A>(weight), data<A>(bias), static_cast<A>(eps), data<double>(sums),
-                             mutable_data<T>(grad_conv), grad_phases ? mutable_data<T>(*grad_phases) : nullptr,
-                             phases_of(out, shift));
+                             0, current_stream(grad), data<T>(grad), data<T>(conv), out, parameters<A>(mean),
+                             parameters<A>(var), parameters<A>(weight), parameters<A>(bias), static_cast<A>(eps),
+                             data<double>(sums), mutable_data<T>(grad_conv),
+                             grad_phases ? mutable_data<T>(*grad_phases) : nullptr, phases_of(out, shift));
       });
     });
   });
