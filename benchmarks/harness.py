@@ -4,7 +4,7 @@
 One round calls every rival once (or `repeats` times, so that no sample is shorter than a few milliseconds); the
 next round starts with the next rival. Whatever the machine does meanwhile, all of them get it. A ratio is the
 median, over the rounds, of the two times of one round; its spread is the 20th and 80th percentile of those same
-quotients.
+quotients. On a GPU a sample ends when the device has done all its calls.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,11 @@ from torch import Tensor
 THREADS = 2
 SMOKE = os.environ.get("FUSED_INPAINT_BENCH_SMOKE", "") not in ("", "0")
 """Tiny shapes and two rounds: shows that everything runs, measures nothing."""
+
+DEVICE = torch.device(os.environ.get("FUSED_INPAINT_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+"""Where every rival runs. On a GPU only its own rows are measured (test_bench_gpu.py), on a CPU only the others."""
+
+ON_GPU = DEVICE.type == "cuda"
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -129,7 +134,9 @@ def compare(
 
 def check(row: Row) -> dict[str, float]:
     """Compare all outputs (and gradients, where the row has them) within each family."""
-    truth = {family: maker() for family, maker in row.truth.items()}
+    # Trials in float64 would take longer than all that is measured.
+    with cudnn(benchmark=False):
+        truth = {family: maker() for family, maker in row.truth.items()}
     errors = {}
     for name, rival in row.rivals.items():
         outputs = rival.outputs()
@@ -138,11 +145,44 @@ def check(row: Row) -> dict[str, float]:
     return errors
 
 
+@contextlib.contextmanager
+def cudnn(benchmark: bool) -> Iterator[None]:
+    """Whether cuDNN tries its algorithms at a shape's first call; TF32 would blur what float32 is compared for."""
+    # allow_tf32 cannot be read once the newer switch has been set; the newer one always can.
+    former = torch.backends.cudnn.benchmark, torch.backends.cudnn.conv.fp32_precision == "tf32"
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = former
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was told."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def waited(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` that returns when its work is done, as it does on the CPU by itself."""
+    return (lambda: (call(), synchronize())) if ON_GPU else call
+
+
+def _seconds(call: Callable[[], object], count: int) -> float:
+    """Of one call, when `count` of them follow each other."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
 def _repeats(call: Callable[[], object], shortest: float) -> int:
     """How many calls make a sample of at least `shortest` seconds."""
-    start = time.perf_counter()
-    call()
-    return max(1, min(50, round(shortest / max(time.perf_counter() - start, 1e-6))))
+    # A call may take the GPU a few microseconds; a wait must not be part of the figure.
+    most = 2000 if ON_GPU else 50
+    return max(1, min(most, round(shortest / max(_seconds(call, 1), 1e-6))))
 
 
 def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -161,10 +201,7 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: i
             for name in names[first:] + names[:first]:
                 call, count = calls[name], repeats[name]
                 call()  # untimed: the caches and the heap as this rival leaves them, not the one before it
-                start = time.perf_counter()
-                for _ in range(count):
-                    call()
-                seconds[name].append((time.perf_counter() - start) / count)
+                seconds[name].append(_seconds(call, count))
     finally:
         gc.enable()
     return seconds

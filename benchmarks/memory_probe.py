@@ -6,12 +6,14 @@ itself. So this reads the kernel's high-water mark of resident memory. To make t
 glibc is told to map every block above 64 KiB by itself and to give it back when it is freed. "peak" is the mark
 above what the process held before the network existed (parameters, gradients, optimiser and activations, as
 torch.cuda.max_memory_allocated would count them); "step" is the mark above what stays between steps. One step has
-been taken before, so that optimiser state and library buffers are there.
+been taken before, so that optimiser state and library buffers are there. On a GPU torch's allocator is asked instead,
+and the network is in bfloat16.
 """
 
 import gc
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,24 +32,42 @@ def reset_high_water() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def figures(form: str, side: int, batch: int) -> dict[str, float]:
+    """`main` in a process of its own; the form's name stands before each figure's."""
+    command = [sys.executable, __file__, form, str(side), str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    return {f"{form} {key}": value for key, value in json.loads(done.stdout).items()}
+
+
 def main(form: str, side: int, batch: int, layout: str = "channels_last") -> dict[str, float]:
     import torch
-    from harness import THREADS
-    from rivals import TrainingStep, fresh_network
+    from harness import ON_GPU, THREADS
+    from rivals import TrainingStep, fresh_network, on_device
+
+    def step_of(side: int, **size: int) -> TrainingStep:
+        dtype = torch.bfloat16 if ON_GPU else torch.float32
+        return TrainingStep(on_device(fresh_network(form, layout, **size), dtype), side, batch, layout, dtype)
+
+    def held() -> float:
+        return torch.cuda.memory_allocated() / 2**20 if ON_GPU else resident("VmRSS")
 
     torch.set_num_threads(THREADS)
     # Library code and thread stacks become resident on first use: a miniature step uses them before the count begins.
-    TrainingStep(fresh_network(form, layout, levels=2, width=16), 64, batch, layout)()
+    step_of(64, levels=2, width=16)()
     gc.collect()
-    before = resident("VmRSS")
-    step = TrainingStep(fresh_network(form, layout), side, batch, layout)
+    before = held()
+    step = step_of(side)
     step()
     step.optimizer.zero_grad()
     gc.collect()
-    between = resident("VmRSS")
-    reset_high_water()
+    between = held()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_high_water()
     step()
-    peak = resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() / 2**20 if ON_GPU else resident("VmHWM")
     return {"peak": peak - before, "step": peak - between, "kept": between - before}
 
 

@@ -9,11 +9,12 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import SMOKE, THREADS, Record, geometric_mean, percentiles
+from harness import DEVICE, ON_GPU, SMOKE, THREADS, Record, geometric_mean, percentiles
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,13 +57,23 @@ def quotient(row: str, numerator: str, denominator: str) -> Callable[[Records], 
     return value
 
 
+def over_floor(row: str, rival: str, floor_ms: float) -> Callable[[Records], Figure]:
+    """A rival's time in units of the least the device could take."""
+
+    def value(records: Records) -> Figure:
+        record = records[row]
+        return tuple(1e3 * seconds / floor_ms for seconds in percentiles(record.seconds[record.best(rival)]))
+
+    return value
+
+
 ENCODER = [f"enc{i}" for i in range(1, 9)]
 DECODER = [f"dec{i}" for i in range(1, 9)]
 ENCODER_2_5 = ["enc2", "enc3", "enc4", "enc5"]
 DECODER_64_256 = ["dec4", "dec3", "dec2"]  # output sides 64, 128, 256
 
 # fmt: off
-BARS = [
+CPU_BARS = [
     # Inference as `fused_inpaint.prepack` runs it, and without that call.
     *(bar for how, ours in (("prepacked", "prepacked ours"), ("as is", "ours")) for bar in (
         Bar(f"encoder layers 2-5 forward, {how} / plain conv", "<=", 1.10,
@@ -98,7 +109,65 @@ BARS = [
     Bar("... of it, above what stays between steps: ours / full-channel", "<=", 0.6,
         quotient("unet256 memory", "ours step", "full-channel step")),
 ]
+
+ENC16, DEC16 = ([f"{name}{i} b16" for i in (2, 3, 4, 5)] for name in ("enc", "dec"))
+ALL_ENC, ALL_DEC = [f"{name} b16" for name in ENCODER], [f"{name} b16" for name in DECODER]
+DEEP = [f"{name}{i} b1" for name in ("enc", "dec") for i in (6, 7, 8)]
+
+# bfloat16, 512x512. The floors are those of an H200: the larger of operations / 790 TFLOP/s and bytes / 4.3 TB/s, layer
+# by layer, with the upsampling folded.
+GPU_BARS = [
+    Bar("encoder layers 2-5 forward, b16: ours / plain conv", "<=", 1.12,
+        mean_ratio(ENC16, "forward", "ours", "plain")),
+    Bar("encoder layers 2-5 with batch norm and ReLU, b16: ours / plain", "<=", 0.95,
+        mean_ratio(ENC16, "block", "ours", "plain")),
+    Bar("decoder layers 2-5 forward, b16: ours / (interpolate + cat + plain conv)", "<=", 0.65,
+        mean_ratio(DEC16, "forward", "ours", "plain")),
+    Bar("encoder layers 2-5 forward+backward, b16: ours / plain", "<=", 1.08,
+        mean_ratio(ENC16, "training", "ours", "plain")),
+    Bar("decoder layers 2-5 forward+backward, b16: ours / plain equivalent", "<=", 0.70,
+        mean_ratio(DEC16, "training", "ours", "plain")),
+    Bar("encoder layers forward, b16: NVIDIA one-channel / ours", ">=", 1.3,
+        mean_ratio(ALL_ENC, "forward", "nvidia", "ours")),
+    Bar("decoder layers forward, b16: NVIDIA multi-channel / ours", ">=", 2.8,
+        mean_ratio(ALL_DEC, "forward", "nvidia", "ours")),
+    Bar("all 16 layers forward, b16: full-channel / ours", ">=", 3.0,
+        mean_ratio(ALL_ENC + ALL_DEC, "forward", "full-channel", "ours")),
+    Bar("layers enc3, dec3 forward, b16: compiled full-channel / ours", ">=", 1.8,
+        mean_ratio(["enc3 b16", "dec3 b16"], "full-channel compiled", "compiled full-channel", "ours")),
+    Bar("layer enc3 forward, b16: compiled NVIDIA / ours", ">=", 1.05,
+        mean_ratio(["enc3 b16"], "nvidia compiled", "compiled nvidia", "ours")),
+    Bar("layer dec3 forward, b16: compiled NVIDIA / ours", ">=", 1.8,
+        mean_ratio(["dec3 b16"], "nvidia compiled", "compiled nvidia", "ours")),
+    Bar("thin layers enc1, dec1 forward, b16: ours / plain", "<=", 0.80,
+        mean_ratio(["enc1 b16", "dec1 b16"], "forward", "ours", "plain")),
+    Bar("deep layers enc6-8, dec6-8 forward, b1, graphed: ours / plain", "<=", 0.80,
+        mean_ratio(DEEP, "forward", "graphed ours", "graphed plain")),
+    *(bar for how, ours in (("eager", "ours"), ("graphed", "graphed ours")) for bar in (
+        Bar(f"U-Net 512 inference, b1: full-channel eager / ours {how}", ">=", 6.0,
+            mean_ratio(["unet512 b1"], "inference", "full-channel", ours)),
+        Bar(f"U-Net 512 inference, b1: ours {how} / plain graphed", "<=", 1.0,
+            mean_ratio(["unet512 b1"], "inference", ours, "graphed plain")),
+        Bar(f"U-Net 512 inference, b1: ours {how} / floor of 0.080 ms", "<=", 4.0,
+            over_floor("unet512 b1 inference", ours, 0.080)),
+    )),
+    Bar("U-Net 512 inference, b16: full-channel / ours", ">=", 4.0,
+        mean_ratio(["unet512 b16"], "inference", "full-channel", "ours")),
+    Bar("U-Net 512 inference, b16: NVIDIA / ours", ">=", 3.2,
+        mean_ratio(["unet512 b16"], "inference", "nvidia", "ours")),
+    Bar("U-Net 512 inference, b16: ours / plain", "<=", 0.65,
+        mean_ratio(["unet512 b16"], "inference", "ours", "plain")),
+    Bar("U-Net 512 inference, b16: ours / floor of 1.18 ms", "<=", 2.2,
+        over_floor("unet512 b16 inference", "ours", 1.18)),
+    Bar("U-Net 512 training step, b16: full-channel / ours", ">=", 3.0,
+        mean_ratio(["unet512 b16"], "training", "full-channel", "ours")),
+    Bar("U-Net 512 training step, b16: ours / plain", "<=", 0.80,
+        mean_ratio(["unet512 b16"], "training", "ours", "plain")),
+]
 # fmt: on
+
+# A smoke run takes the rows of both.
+BARS = [*([] if ON_GPU else CPU_BARS), *(GPU_BARS if ON_GPU or SMOKE else [])]
 
 
 def _git(*arguments: str) -> str:
@@ -127,12 +196,39 @@ def _backends() -> dict[str, str]:
         return {"native": str(error)}
 
 
+def _gpu() -> dict[str, Any]:
+    """The GPU and what drives it; nothing on a CPU."""
+    if not ON_GPU:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = "unknown"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "not installed"
+    properties = torch.cuda.get_device_properties(DEVICE)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_mib": properties.total_memory // 2**20,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton,
+    }
+
+
 def machine() -> dict[str, Any]:
     """Where, when and on which code this ran."""
     allocator = [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split(":") if name]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        # A copy of the sources on a borrowed machine has no history.
+        "commit": os.environ.get("FUSED_INPAINT_COMMIT") or _git("rev-parse", "--short=12", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain")),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -145,6 +241,7 @@ def machine() -> dict[str, Any]:
         "preloaded": allocator,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
         "smoke": SMOKE,
+        **_gpu(),
     }
 
 
@@ -158,7 +255,10 @@ def header(facts: dict[str, Any]) -> list[str]:
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['instructions']}, load {load}",
         f"backends: {', '.join(usable) or 'none'}" + "".join(f"; {line.splitlines()[0]}" for line in missing),
     ]
-    if "cpu" not in usable:
+    if "gpu" in facts:
+        versions = ", ".join(f"{name} {facts[name]}" for name in ("driver", "cuda", "cudnn", "triton"))
+        lines.append(f"{facts['gpu']}, {facts['gpu_memory_mib']} MiB, {versions}")
+    if DEVICE.type not in usable:
         lines.append("NO COMPILED KERNELS: ours ran on the reference path, and no figure below is about them")
     if SMOKE:
         lines.append("SMOKE RUN: tiny shapes, two rounds; the times mean nothing")
@@ -218,9 +318,12 @@ def as_json(facts: dict[str, Any], records: Records) -> dict[str, Any]:
 
 
 def save(facts: dict[str, Any], records: Records) -> Path:
-    """Write benchmarks/results/partial_conv-<date>-<commit>.json; a later run of that day and commit replaces it."""
+    """Write benchmarks/results/partial_conv-<date>-<commit>.json, or <gpu>-<date>.json; a later run of that name
+    replaces it."""
     RESULTS.mkdir(exist_ok=True)
     name = f"partial_conv-{facts['date'][:10]}-{facts['commit']}{'-dirty' if facts['dirty'] else ''}.json"
+    if "gpu" in facts:
+        name = f"{re.sub('[^a-z0-9]+', '-', facts['gpu'].lower()).strip('-')}-{facts['date'][:10]}.json"
     path = RESULTS / name
     path.write_text(json.dumps(as_json(facts, records), indent=1) + "\n")
     return path

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contenders: our layers and network, and what people run instead, each in both memory layouts."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import workload
-from harness import LAYOUTS, Outputs, Rival
+from harness import DEVICE, LAYOUTS, ON_GPU, Outputs, Rival
 from torch import Tensor, nn
 
 from fused_inpaint.baselines import FullChannelPartialConv2d, NvidiaPartialConv2d, PConvUNet
@@ -73,6 +74,76 @@ def frozen(module: nn.Module) -> Any:
     return torch.compile(module, options={"freezing": True})
 
 
+def on_device(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """On the device, in a dtype. On a GPU norms stay in float32, as under autocast: cuDNN's train in no other."""
+    module.to(DEVICE, dtype)
+    if ON_GPU and dtype in (torch.float16, torch.bfloat16):
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.float()
+    return module
+
+
+tuned = functools.partial(torch.compile, mode="max-autotune-no-cudagraphs")
+"""torch.compile in its best form for a layer on a GPU; one large call gains nothing from a graph."""
+
+
+def graphed(module: Callable[..., Any]) -> Callable[..., Any]:
+    """`module` as a CUDA graph, captured at the first call for the tensors of that call; on a CPU, as it is."""
+    if not ON_GPU:
+        return module
+    graph, results = torch.cuda.CUDAGraph(), []
+
+    def replay(*arguments: Any) -> Any:
+        if not results:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    module(*arguments)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                results.append(module(*arguments))
+        graph.replay()
+        return results[0]
+
+    return replay
+
+
+class Block(nn.Module):
+    """An encoder layer with batch statistics and ReLU behind it, as the network has it in training."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        weight = layer.conv.weight
+        self.norm = on_device(nn.BatchNorm2d(weight.size(0)), weight.dtype)
+
+    def forward(self, x: Tensor, mask: Tensor | None, *nothing: None) -> tuple[Tensor, Tensor | None]:
+        n = self.norm
+        if not isinstance(self.layer, OurLayer):
+            out, new_mask = self.layer(x, mask, *nothing)
+            return F.relu(n(out), inplace=True), new_mask
+        from fused_inpaint import ops
+
+        conv = self.layer.conv
+        norm = ops.BatchNorm(n.weight, n.bias, n.running_mean, n.running_var, True, 0.1, n.eps)
+        return ops.partial_conv2d(
+            x, mask, conv.weight, None, conv.stride, conv.padding, activation="relu", batch_norm=norm
+        )
+
+
+def masked_block(layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A naive block whose empty windows are 0 behind the norm, too: as ours leaves them, and the next naive layer."""
+    block = Block(layer)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        out, new_mask = block(*arguments)
+        return out * new_mask, new_mask
+
+    return run
+
+
 def layer_module(form: str, layer: workload.Layer, data: workload.Inputs) -> nn.Module:
     module = OurLayer(layer) if form == "ours" else NaiveLayer(naive_conv(form, layer))
     with torch.no_grad():
@@ -110,9 +181,9 @@ def layer_rival(
             return None
         real = tensor.to(dtype) if tensor.is_floating_point() else tensor
         # A copy always: a rival owns its inputs, and an expanded mask becomes the planes it stands for.
-        return torch.empty_like(real, memory_format=LAYOUTS[layout]).copy_(real)
+        return torch.empty_like(real, device=DEVICE, memory_format=LAYOUTS[layout]).copy_(real)
 
-    module = layer_module(form, layer, data).to(dtype).train(training)
+    module = layer_module(form, layer, data).to(DEVICE, dtype).train(training)
     if form != "ours":
         module.to(memory_format=LAYOUTS[layout])
     mask, skip_mask = (place(value) for value in masks_for(form, layer, data))
@@ -129,7 +200,7 @@ def layer_rival(
     leaves = {"x": x, "weight": module.conv.weight, "bias": module.conv.bias, "skip": skip}
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf is not None}
     generator = torch.Generator().manual_seed(1)
-    cotangent = place(torch.randn(1, layer.out, layer.size, layer.size, generator=generator))
+    cotangent = place(torch.randn(data.x.size(0), layer.out, layer.size, layer.size, generator=generator))
 
     def step() -> tuple[Tensor, Tensor | None]:
         for leaf in leaves.values():
@@ -146,6 +217,16 @@ def layer_rival(
     return Rival(step, outputs_and_gradients, "plain" if form == "plain" else "partial")
 
 
+def exact(
+    layer: workload.Layer,
+    data: workload.Inputs,
+    training: bool,
+    wrap: Callable[[nn.Module], Any] = lambda module: module,
+) -> dict[str, Callable[[], Outputs]]:
+    """The naive full-channel form in float64, which ours and the naive forms of any dtype are compared with."""
+    return {"partial": layer_rival("full-channel", layer, data, "nchw", training, torch.float64, wrap).outputs}
+
+
 def fresh_network(form: str, layout: str = "channels_last", **size: int) -> nn.Module:
     """A U-Net of one form as its constructor leaves it; `size` overrides levels, channels, width."""
     size = {"levels": workload.LEVELS, "channels": workload.CHANNELS, "width": workload.WIDTH, **size}
@@ -160,7 +241,7 @@ def network(form: str, layout: str = "channels_last", dtype: torch.dtype = torch
     """A U-Net of one form with the workload's parameters."""
     net = fresh_network(form, layout)
     net.load_state_dict(workload.network_state())
-    return net.to(dtype)
+    return on_device(net, dtype)
 
 
 def network_rival(
@@ -171,11 +252,12 @@ def network_rival(
     family: str | None = None,
     limit: float | None = None,
     wrap: Callable[[nn.Module], Any] = lambda module: module,
+    batch: int = 1,
 ) -> Rival:
     """Inference of a whole network in eval mode."""
     run = wrap(network(form, layout, dtype).eval())
-    x, mask = workload.network_input(side)
-    x, mask = x.to(dtype).contiguous(memory_format=LAYOUTS[layout]), mask.to(dtype)
+    x, mask = workload.network_input(side, batch)
+    x, mask = x.to(DEVICE, dtype).contiguous(memory_format=LAYOUTS[layout]), mask.to(DEVICE, dtype)
 
     def outputs() -> Outputs:
         out, new_mask = run(x, mask)
@@ -193,7 +275,7 @@ class TrainingStep:
         self.net = net.train()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=2e-4)
         x, mask = workload.network_input(side, batch)
-        self.x, self.mask = x.to(dtype).contiguous(memory_format=LAYOUTS[layout]), mask.to(dtype)
+        self.x, self.mask = x.to(DEVICE, dtype).contiguous(memory_format=LAYOUTS[layout]), mask.to(DEVICE, dtype)
         self.target = torch.sin(3 * self.x)
         self.weight = 1 + 5 * (1 - self.mask)
 

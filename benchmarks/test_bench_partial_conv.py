@@ -4,18 +4,15 @@
 import pytest
 import torch
 import workload
-from harness import LAYOUTS, SMOKE, Rival, Row
-from rivals import frozen, layer_rival, prepacked
+from harness import LAYOUTS, ON_GPU, SMOKE, Rival, Row
+from rivals import exact, frozen, layer_rival, prepacked
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="a row of the CPU")
 
 LAYERS = list(workload.layers())
 LARGE = [name for name in ("enc2", "enc3", "enc4", "enc5", "dec4", "dec3", "dec2") if name in workload.layers()]
 COMPILED = [name for name in ("enc3", "dec3") if name in workload.layers()]
 NAIVE = ("plain", "full-channel", "nvidia")
-
-
-def exact(layer: workload.Layer, data: workload.Inputs, training: bool) -> dict:
-    """The naive full-channel form in float64, which ours and the float32 naive forms are compared with."""
-    return {"partial": layer_rival("full-channel", layer, data, "nchw", training, torch.float64).outputs}
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole partial-convolution U-Net: inference, half precision, a training step and its memory."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import memory_probe
 import pytest
 import torch
-from harness import LAYOUTS, SMOKE, Record, Row, compare
+from harness import LAYOUTS, ON_GPU, SMOKE, Record, Row, compare
 from rivals import Rival, TrainingStep, frozen, network, network_rival, prepacked
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="a row of the CPU")
 
 TRAINING_SIDE = 32 if SMOKE else 256
 BATCH = 2
@@ -71,11 +68,7 @@ def test_memory(benchmark, keep) -> None:
 
     def probe() -> None:
         for form in ("ours", "full-channel") if SMOKE else ("ours", "full-channel", "plain"):
-            command = [sys.executable, memory_probe.__file__, form, str(TRAINING_SIDE), str(BATCH)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(memory_probe.__file__).parent)
-            assert done.returncode == 0, done.stderr
-            found = json.loads(done.stdout)
-            figures.update({f"{form} {key}": value for key, value in found.items()})
+            figures.update(memory_probe.figures(form, TRAINING_SIDE, BATCH))
 
     benchmark.pedantic(probe, rounds=1, iterations=1)
     benchmark.extra_info.update(figures)

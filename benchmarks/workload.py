@@ -79,11 +79,16 @@ def brush_mask(side: int, seed: int = 0) -> Tensor:
     return (~hole).float().view(1, 1, side, side)
 
 
+def brush_masks(side: int, batch: int) -> Tensor:
+    """(batch, 1, side, side)"""
+    return torch.cat([brush_mask(side, seed) for seed in range(batch)])
+
+
 @functools.cache
 @torch.inference_mode(False)
-def mask_chain(side: int) -> dict[str, Tensor]:
+def mask_chain(side: int, batch: int = 1) -> dict[str, Tensor]:
     """The one-channel mask behind every layer, and "input": a pixel is valid when its window holds a valid one."""
-    chain = {"input": brush_mask(side)}
+    chain = {"input": brush_masks(side, batch)}
     behind = ["input"]
     mask = chain["input"]
     for name, layer in layers(side).items():
@@ -109,15 +114,15 @@ class Inputs:
     bias: Tensor | None
 
 
-def inputs(layer: Layer, picture: int = 512, zeroed: bool = True) -> Inputs:
+def inputs(layer: Layer, picture: int = 512, zeroed: bool = True, batch: int = 1) -> Inputs:
     """Features behind an activation, with the mask of that depth; zero in the holes unless `zeroed` is False."""
     side = 32 if SMOKE else picture
-    chain = mask_chain(side)
+    chain = mask_chain(side, batch)
     generator = torch.Generator().manual_seed(layer.level)
     level = layer.level
 
     def features(channels: int, mask: Tensor, slope: float) -> Tensor:
-        x = F.leaky_relu(torch.randn(1, channels, *mask.shape[2:], generator=generator), slope)
+        x = F.leaky_relu(torch.randn(batch, channels, *mask.shape[2:], generator=generator), slope)
         return (x * mask if zeroed else x).contiguous(memory_format=torch.channels_last)
 
     outer = "input" if level == 1 else f"enc{level - 1}"
@@ -161,5 +166,5 @@ def network_input(side: int, batch: int = 1) -> tuple[Tensor, Tensor]:
     for scale in (1, 4, 16):
         noise = torch.randn(batch, CHANNELS, side // scale, side // scale, generator=generator)
         x += F.interpolate(noise, size=(side, side), mode="bilinear", align_corners=False)
-    mask = torch.cat([brush_mask(side, seed) for seed in range(batch)])
+    mask = brush_masks(side, batch)
     return (x * mask).contiguous(memory_format=torch.channels_last), mask

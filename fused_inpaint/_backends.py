@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op runs: one list of candidates, each with the reason why it can't."""
 
+import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
@@ -9,14 +11,32 @@ import torch
 from . import _extension
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
-_PRIORITY = ("cuda", "cpu", "reference")
+_PRIORITY = ("cuda", "cpu", "triton", "reference")
 
 _selected = os.environ.get("FUSED_INPAINT_BACKEND") or "auto"
 # Read once: the loader is opaque to torch.compile, a string is not.
 _native_error = _extension.native_error() or ""
-_no_cuda = _native_error or _extension.without_cuda()
+_emulated = _extension.emulated()
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+# Where each backend's tensors live. Tests run the GPU's kernels on the CPU.
+DEVICE = {
+    "reference": "cpu",
+    "cpu": "cpu",
+    "cuda": "cpu" if _emulated else "cuda",
+    "triton": "cpu" if _interpreted else "cuda",
+}
+_MISSING = {
+    "reference": "",
+    "cpu": _native_error or ("the library in place of the extension emulates the GPU's kernels" if _emulated else ""),
+    "cuda": _native_error or _extension.without_cuda(),
+    # Found, not imported: importing it looks for a GPU driver.
+    "triton": "" if importlib.util.find_spec("triton") else "Triton is not installed (fused-inpaint[triton])",
+}
 
-NEVER_RUN = {"cuda": "compiled, and tested in emulation on a CPU, but never run on a GPU yet"}
+NEVER_RUN = {
+    "cuda": "compiled, and tested in emulation on a CPU, but never run on a GPU yet",
+    "triton": "compiled for GPUs, and tested in Triton's interpreter on a CPU, but never run on a GPU yet",
+}
 
 
 class NoBackendError(RuntimeError):
@@ -61,27 +81,32 @@ def _require_known(name: str) -> None:
 
 
 def _refusal(name: str, device: str) -> str:
-    """Why backend `name` can't run a call on `device`; empty if it can."""
-    if name == "reference":
-        return ""
-    if name == "cpu":
-        return f"it runs on CPU tensors, these are on {device}" if device != "cpu" else _native_error
-    if name == "cuda":
-        return f"it runs on CUDA tensors, these are on {device}" if device != "cuda" else _no_cuda
-    return f"this version of fused_inpaint has no {name} kernels"
+    """Why backend `name` can't run any call on `device`; empty if it can."""
+    if name != "reference" and device != DEVICE[name]:
+        return f"it runs on {DEVICE[name].upper()} tensors, these are on {device}"
+    return _MISSING[name]
 
 
-def choose(op: str, device: str) -> str:
-    """The backend for one call of `op` on tensors of a device type."""
+def choose(op: str, device: str, prefer: Sequence[str] = (), refusal: Callable[[str], str] = lambda name: "") -> str:
+    """The backend for one call of `op` on tensors of a device type.
+
+    `prefer`: backends that are faster for this call than the usual order says. `refusal`: why a backend that runs here
+    can't run this call; empty if it can.
+    """
     if _selected == "auto":
-        for name in _PRIORITY:
-            if not _refusal(name, device):
+        for name in (*prefer, *_PRIORITY):
+            if not (_refusal(name, device) or refusal(name)):
                 return name
     _require_known(_selected)
-    reason = _refusal(_selected, device)
+    reason = _refusal(_selected, device) or refusal(_selected)
     if reason:
         raise NoBackendError(f"{op}: backend must be able to run this call, got {_selected}: {reason}")
     return _selected
+
+
+def native(device: str) -> bool:
+    """Whether the compiled library has kernels for tensors of a device type."""
+    return any(not _refusal(name, device) for name in ("cuda", "cpu"))
 
 
 def require_runnable() -> None:
@@ -94,8 +119,8 @@ def require_runnable() -> None:
 
 def status() -> dict[str, str]:
     """Each backend and the reason why it can't run on this machine (empty if it can)."""
-    device = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda", "reference": "cpu"}
-    reasons = {name: _refusal(name, device[name]) for name in NAMES[1:]}
-    if not reasons["cuda"] and not torch.cuda.is_available():
-        reasons["cuda"] = "torch finds no GPU"
+    reasons = {name: _MISSING[name] for name in NAMES[1:]}
+    for name in reasons:
+        if DEVICE[name] == "cuda" and not reasons[name] and not torch.cuda.is_available():
+            reasons[name] = "torch finds no GPU"
     return reasons

@@ -34,9 +34,14 @@ def native_error() -> str | None:
 def without_cuda() -> str:
     """Why the library holds no CUDA kernels; empty if it does."""
     recorded = _recorded()
-    if recorded["kind"] == "cuda":
+    if recorded["kind"] in ("cuda", "emulated"):
         return ""
-    return f"the extension was built without CUDA: {recorded['reason'] or 'its kernels are emulated on the CPU'}"
+    return f"the extension was built without CUDA: {recorded['reason']}"
+
+
+def emulated() -> bool:
+    """True if the library holds the GPU's kernels compiled for the CPU (tests/cuda_emulation)."""
+    return bool(os.environ.get(LIBRARY))
 
 
 def build_info() -> dict[str, Any]:

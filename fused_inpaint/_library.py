@@ -21,3 +21,9 @@ def define(
     torch.library.register_fake(name, fake, lib=library)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+
+
+def implement(name: str, kernel: Callable[..., Any]) -> None:
+    """Give an operator a kernel written in Python, for tensors on the GPU and, where tests interpret it, on the CPU."""
+    for key in ("CUDA", "CPU"):
+        library.impl(name, kernel, key)

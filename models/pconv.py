@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_inpaint.nn import PartialConv2d, PartialUpConv2d
-from fused_inpaint.ops import BatchNorm, Window, partial_conv2d, partial_window
+from fused_inpaint.ops import BatchNorm, Window, partial_conv2d, partial_window_chain
 
 from .base import IMAGENET_MEAN, IMAGENET_STD, InpaintingModel, Prediction, padding_to_multiple
 
@@ -38,13 +38,20 @@ class _Block(nn.Module):
         self.norm = nn.BatchNorm2d(conv.out_channels) if norm else None
         self.activation = activation
 
-    def forward(self, x: Tensor | list[Tensor], window: Window) -> Tensor:
-        return self.conv.block(x, window, self.activation, _SLOPE, self._batch_norm())
+    def forward(self, x: Tensor | list[Tensor], window: Window, holes_zero: bool | list[bool]) -> Tensor:
+        return self.conv.block(x, window, holes_zero=holes_zero, **self.epilogue())
+
+    def epilogue(self) -> dict[str, Any]:
+        return {"activation": self.activation, "slope": _SLOPE, "batch_norm": self._batch_norm()}
 
     def _batch_norm(self) -> BatchNorm | None:
         norm = self.norm
         if norm is None:
             return None
+        if isinstance(norm, nn.SyncBatchNorm):
+            raise ValueError(
+                "pconv: batch norm must be of one process, got SyncBatchNorm; its statistics are in the kernel"
+            )
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         momentum: float | Tensor = 0.0
@@ -57,6 +64,12 @@ class _Block(nn.Module):
 
 def _blocks(modules: nn.ModuleList) -> list[_Block]:
     return cast("list[_Block]", list(modules))
+
+
+def _enlarged(window: Window) -> Window:
+    """With the first mask at the size of the second, for features that were upsampled already."""
+    low, *rest = window.planes
+    return window._replace(planes=(low.repeat_interleave(2, 2).repeat_interleave(2, 3), *rest))
 
 
 class Masks(NamedTuple):
@@ -115,21 +128,15 @@ class PConvUNet(nn.Module):
 
     def masks(self, mask: Tensor) -> Masks:
         """The whole mask chain for an input mask; hand it to several calls of `forward` that share the mask."""
-        encoder: list[Window] = []
-        for block in _blocks(self.encoder):
-            encoder.append(block.conv.window(encoder[-1].mask if encoder else mask))
-        current, decoder = encoder[-1].mask, []
-        for block, below in zip(_blocks(self.decoder), reversed(encoder), strict=True):
-            decoder.append(self._decoder_window(block.conv, current, below.planes[0]))
-            current = decoder[-1].mask
-        return Masks(tuple(encoder), tuple(decoder))
-
-    def _decoder_window(self, conv: PartialUpConv2d, mask: Tensor, skip_mask: Tensor) -> Window:
-        if self.upsampling == "nearest":
-            return conv.window(mask, skip_mask)
-        mask = mask.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        channels = [conv.up_channels, conv.skip_channels]
-        return partial_window([mask, skip_mask], channels, conv.kernel_size, padding=conv.kernel_size // 2)
+        levels = self.levels  # mask 0 is the input's, mask i that of encoder layer i, then the decoder's follow
+        steps = [block.conv.window_step(i) for i, block in enumerate(_blocks(self.encoder))]
+        for i, block in enumerate(_blocks(self.decoder)):
+            steps.append(block.conv.window_step(levels + i, levels - 1 - i))
+        windows = partial_window_chain(mask, steps)
+        decoder = windows[levels:]
+        if self.upsampling != "nearest":
+            decoder = [_enlarged(window) for window in decoder]
+        return Masks(tuple(windows[:levels]), tuple(decoder))
 
     def forward(self, x: Tensor, mask: Tensor, masks: Masks | None = None) -> tuple[Tensor, Tensor]:
         side = 2**self.levels
@@ -138,17 +145,18 @@ class PConvUNet(nn.Module):
         masks = self.masks(mask) if masks is None else masks
         features = [x]
         for block, window in zip(_blocks(self.encoder), masks.encoder, strict=True):
-            features.append(block(features[-1], window))
+            features.append(block(features[-1], window, features[-1] is not x))
         h = features.pop()
         for block, window in zip(_blocks(self.decoder), masks.decoder, strict=True):
-            h = self._decode(block, h, features.pop(), window)
+            skip = features.pop()
+            h = self._decode(block, h, skip, window, skip is not x)
         out_mask = masks.out.to(mask.dtype).expand(h.size(0), self.channels, -1, -1)
         return h, out_mask
 
-    def _decode(self, block: _Block, h: Tensor, skip: Tensor, window: Window) -> Tensor:
+    def _decode(self, block: _Block, h: Tensor, skip: Tensor, window: Window, skip_is_zero: bool) -> Tensor:
         if self.upsampling == "nearest":
-            return block([h, skip], window)
-        h = F.interpolate(h, scale_factor=2.0, mode="bilinear")
+            return block([h, skip], window, [True, skip_is_zero])
+        h = F.interpolate(h, scale_factor=2.0, mode="bilinear")  # which smears values into holes
         conv = block.conv
         return partial_conv2d(
             [h, skip],
@@ -156,10 +164,9 @@ class PConvUNet(nn.Module):
             conv.weight,
             conv.bias,
             padding=conv.weight.size(2) // 2,
-            activation=block.activation,
-            slope=_SLOPE,
-            batch_norm=block._batch_norm(),
             window=window,
+            holes_zero=[False, skip_is_zero],
+            **block.epilogue(),
         )[0]
 
     def freeze_encoder_bn(self, frozen: bool = True) -> None:

@@ -118,8 +118,10 @@ CASES = [
 ALL = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 # The reference is plain PyTorch; the other backends are operators of torch.ops.
-_USABLE = [name for name, reason in _backends.status().items() if not reason]
-OPERATORS = pytest.mark.parametrize("backend", [name for name in _USABLE if name != "reference"], indirect=True)
+KERNELS = [name for name, reason in _backends.status().items() if not reason and name != "reference"]
+if "cuda" in KERNELS:  # by its table of routes, and with the vendor's convolution alone
+    KERNELS.append("cuda_vendor")
+OPERATORS = pytest.mark.parametrize("backend", KERNELS, indirect=True)
 
 
 def named(name: str) -> Case:

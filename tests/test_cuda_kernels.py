@@ -14,7 +14,8 @@ from torch.utils.cpp_extension import include_paths
 
 KERNELS = sorted((build.ROOT / "csrc").glob("*/*_cuda.cu"))
 SUITE = [
-    f"tests/test_partial_conv{part}.py" for part in ("", "_numerics", "_properties", "_layers", "_errors", "_compile")
+    f"tests/test_partial_conv{part}.py"
+    for part in ("", "_gpu_ops", "_numerics", "_properties", "_layers", "_errors", "_compile")
 ]
 emulated = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "available")
 
@@ -33,7 +34,7 @@ def run_suite(library: Path, arguments: list[str], sanitize: bool, reverse: bool
 def test_op_suite_on_emulated_kernels(reverse: bool) -> None:
     """Every test of the operators, with the kernels' threads and blocks in either order."""
     files = SUITE[:1] if reverse else SUITE
-    run_suite(build.build(KERNELS), [*files, "-k", "not reference"], sanitize=False, reverse=reverse)
+    run_suite(build.build(KERNELS), [*files, "-k", "cuda"], sanitize=False, reverse=reverse)
 
 
 @emulated
@@ -41,7 +42,7 @@ def test_sanitized_kernels() -> None:
     """Out-of-bounds and undefined behaviour, on the samples in float32."""
     run_suite(
         build.build(KERNELS, sanitize=True),
-        [*SUITE[:1], "-k", "test_reference and cpu and float32"],
+        [*SUITE[:2], "-k", "cuda and float32 and (test_reference or gpu_ops)"],
         sanitize=True,
         reverse=False,
     )

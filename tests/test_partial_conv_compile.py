@@ -10,13 +10,14 @@ import torch
 from cases import ALL, CASES, OPERATORS, Case, Sample, assert_close, cotangent, named, results, sample
 from torch import Tensor, nn
 
-from fused_inpaint import PartialConv2d, PartialUpConv2d, ops
+from fused_inpaint import PartialConv2d, PartialUpConv2d, _backends, ops
 
 op = torch.ops.fused_inpaint
 
 
 def geometry(case: Case) -> tuple:
-    return list(case.upsample), list(case.stride), list(case.padding), list(case.dilation), case.groups
+    spatial = list(case.stride), list(case.padding), list(case.dilation)
+    return list(case.upsample), *spatial, case.groups, [0] * len(case.upsample)
 
 
 def window_of(s: Sample) -> ops.Window:
@@ -91,7 +92,7 @@ def test_opcheck_masks(backend: str, device: torch.device, name: str, dtype: tor
     for mask in s.masks:
         torch.library.opcheck(op.mask_plane, (mask.to(dtype), "partial_window"))
     c = s.case
-    up, stride, padding, dilation, _ = geometry(c)
+    up, stride, padding, dilation = geometry(c)[:4]
     torch.library.opcheck(op.partial_window, (planes, list(c.channels), up, list(c.kernel), stride, padding, dilation))
 
 
@@ -109,7 +110,7 @@ class Network(nn.Module):
         y, new = self.down(x, mask)
         n = self.norm
         norm = ops.BatchNorm(n.weight, n.bias, n.running_mean, n.running_var, n.training, 0.1, n.eps)
-        z = self.middle.block(y, self.middle.window(new), "relu", 0.2, norm)
+        z = self.middle.block(y, self.middle.window(new), activation="relu", batch_norm=norm, holes_zero=True)
         return self.up(z, new, x, mask)
 
 
@@ -257,3 +258,16 @@ def test_every_form_is_sampled() -> None:
     assert {case.norm for case in CASES} == {None, "train", "eval", "frozen"}
     assert {case.fold for case in CASES} == {None, True, False}
     assert {case.activation for case in CASES} == {"none", "relu", "leaky_relu"}
+
+
+@pytest.mark.skipif(bool(_backends.status()["cuda"]), reason=_backends.status()["cuda"] or "usable")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", ["plain", "relu", "up_folded", "shared_mask", "channel_masks", "empty_batch"])
+def test_opcheck_direct(name: str, grad: bool) -> None:
+    device = torch.device(_backends.DEVICE["cuda"])
+    s = sample(named(name), device=device, nan=False)
+    for leaf in s.leaves().values():
+        leaf.requires_grad_(grad)
+    assert s.masks is not None
+    epilogue = (*geometry(s.case)[:5], s.case.activation, 0.2)
+    torch.library.opcheck(op.partial_conv2d_direct, (s.x, s.masks, s.weight, s.bias, None, *epilogue))

@@ -220,11 +220,11 @@ def test_layer_is_its_function(backend: str, layer: nn.Module) -> None:
     if isinstance(layer, PartialConv2d):
         expected = ops.partial_conv2d(*a, layer.weight, layer.bias, (2, 1), (1, 2), multi_channel=True)
         assert mask.shape == (2, 4, 3, 8)
-        window, block = layer.window(a[1]), layer.block(a[0], layer.window(a[1]), "relu", 0.2, None)
+        window, block = layer.window(a[1]), layer.block(a[0], layer.window(a[1]), activation="relu")
     else:
         expected = ops.partial_upconv2d(*a, layer.weight, layer.bias)
         window = layer.window(a[1], a[3])
-        block = layer.block([a[0], a[2]], window, "relu", 0.2, None)
+        block = layer.block([a[0], a[2]], window, activation="relu")
     assert torch.equal(y, expected[0]) and torch.equal(mask, expected[1])
     assert torch.equal(window.mask, mask[:, :1].to(torch.uint8))
     assert_close(block, torch.relu(y), 1e-5)
@@ -259,3 +259,48 @@ def test_trains(backend: str, device: torch.device) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_window_chain_is_one_window_after_another(backend: str, device: torch.device) -> None:
+    """Encoder, decoder and a step with two masks of several channels, against `partial_window`."""
+    g = torch.Generator().manual_seed(5)
+    first = (torch.rand(2, 3, 13, 18, generator=g) > 0.5).to(device, torch.uint8)
+    other = (torch.rand(1, 1, 13, 18, generator=g) > 0.9).float().to(device)
+    layers = [
+        PartialConv2d(3, 4, 5, 2, 2),
+        PartialConv2d(4, 4, (3, 1), (1, 2), (3, 0), (3, 1)),
+        PartialUpConv2d(4, 4, 2, 5),
+    ]
+    steps = [layers[0].window_step(0), layers[1].window_step(2), layers[2].window_step(3, 2)]
+    steps[2] = steps[2]._replace(inputs=[2, 5])
+    steps.insert(2, ops.WindowStep([0, 1], [3, 7], [1, 1], [3, 3], [1, 1], [1, 1], [1, 1]))
+    steps.insert(3, ops.WindowStep([2], [4], [2], [1, 1], [1, 1], [0, 0], [1, 1]))
+    steps[4] = steps[4]._replace(inputs=[2, 5])
+    windows = ops.partial_window_chain([first, other], steps)
+    a = layers[0].window(first)
+    b = layers[1].window(a.mask)
+    c = ops.partial_window([first, other], (3, 7), 3, padding=1)
+    d = ops.partial_window(a.mask, 4, 1, upsample=2)
+    e = layers[2].window(a.mask, d.mask)
+    for window, expected in zip(windows, (a, b, c, d, e), strict=True):
+        assert window.full == expected.full
+        for one, another in zip((*window.planes, *window[1:3]), (*expected.planes, *expected[1:3]), strict=True):
+            assert one.dtype == another.dtype and torch.equal(one, another)
+
+
+STEP = ops.WindowStep([0], [1], [1], [3, 3], [1, 1], [0, 0], [1, 1])
+
+
+@pytest.mark.parametrize(
+    "steps, sentence",
+    [
+        ([STEP._replace(inputs=[1])], r"inputs of step 0 must be masks known by then, 0 to 0, got \[1\]"),
+        ([STEP, STEP._replace(inputs=[-1])], r"inputs of step 1 must be masks known by then, 0 to 1, got \[-1\]"),
+        ([STEP, STEP._replace(inputs=[])], r"inputs of step 1 must be masks known by then, 0 to 1, got \[\]"),
+        ([STEP._replace(inputs=[0, 0], channels=[1, 1], upsample=[1, 2])], r"masks of step 0 must be of one size"),
+        ([STEP, STEP._replace(inputs=[1])], r"mask of step 1 must be at least as large as the kernel \(3, 3\)"),
+    ],
+)
+def test_window_chain_refuses(backend: str, device: torch.device, steps: list[ops.WindowStep], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^partial_window_chain: {sentence}"):
+        ops.partial_window_chain(torch.ones(1, 1, 4, 4, device=device), steps)

@@ -232,6 +232,13 @@ def test_masks_fill_up_or_say_what_is_left() -> None:
     assert not empty.mask.any() and torch.isfinite(empty.image).all()
 
 
+def test_synchronised_batch_norm_is_refused() -> None:
+    """Its statistics would silently stay those of one process."""
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(models.build_model("pconv", levels=2, width=4)).train()
+    with pytest.raises(ValueError, match=r"^pconv: batch norm must be of one process, got SyncBatchNorm"):
+        net(torch.rand(2, 3, 8, 8), torch.ones(2, 1, 8, 8))
+
+
 def test_freeze_encoder_bn() -> None:
     model = small().train()
     model.freeze_encoder_bn()

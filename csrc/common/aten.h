@@ -39,11 +39,13 @@ inline Tensor empty(const std::vector<int64_t>& size, ScalarType dtype, const Te
   return torch::stable::empty(size, dtype, std::nullopt, like.device());
 }
 
-inline Tensor clone_channels_last(const Tensor& t) {
-  Tensor out = empty_channels_last({t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), t);
+inline Tensor cast(const Tensor& t, ScalarType dtype) {
+  Tensor out = empty_channels_last({t.size(0), t.size(1), t.size(2), t.size(3)}, dtype, t);
   torch::stable::copy_(out, t);
   return out;
 }
+
+inline Tensor clone_channels_last(const Tensor& t) { return cast(t, t.scalar_type()); }
 
 inline Tensor channels_last(const Tensor& t) { return is_channels_last(t) ? t : clone_channels_last(t); }
 
@@ -58,7 +60,19 @@ struct ConvGeometry {
   int64_t groups;
 };
 
+// The CPU's float16 convolution accumulates in float16, which no GPU's does: emulation goes around it.
+inline bool emulates_half(const Tensor& t) {
+#ifdef FUSED_INPAINT_EMULATE
+  return t.scalar_type() == ScalarType::Half;
+#else
+  (void)t;
+  return false;
+#endif
+}
+
 inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (emulates_half(x))
+    return cast(aten_convolution(cast(x, ScalarType::Float), cast(weight, ScalarType::Float), g), ScalarType::Half);
   using torch::stable::detail::from;
   const std::optional<Tensor> no_bias;
   std::array<StableIValue, 9> stack{from(x),          from(weight), from(no_bias),    from(g.stride), from(g.padding),
@@ -70,6 +84,13 @@ inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const Conv
 // (grad_x, grad_weight); the one not asked for is left undefined.
 inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> aten_convolution_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool need_x, bool need_weight) {
+  if (emulates_half(x)) {
+    auto wide = aten_convolution_backward(cast(grad, ScalarType::Float), cast(x, ScalarType::Float),
+                                          cast(weight, ScalarType::Float), g, need_x, need_weight);
+    if (need_x) std::get<0>(wide) = cast(*std::get<0>(wide), ScalarType::Half);
+    if (need_weight) std::get<1>(wide) = cast(*std::get<1>(wide), ScalarType::Half);
+    return wide;
+  }
   using torch::stable::detail::from;
   const std::optional<Ints> no_bias_sizes;
   const bool wanted[3] = {need_x, need_weight, false};

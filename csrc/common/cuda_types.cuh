@@ -13,8 +13,18 @@ namespace fused_inpaint {
 __device__ inline float load(__half v) { return __half2float(v); }
 __device__ inline void store(__half* p, float v) { *p = __float2half(v); }
 
-__device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
-__device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+// Index arithmetic is 32-bit, since a 64-bit division takes tens of instructions. An index of below 2^31 plus all
+// threads of a grid stays below 2^32.
+inline unsigned index32(int64_t n) {
+  STD_TORCH_CHECK(n < int64_t{1} << 31, "fused_inpaint: tensors must have fewer than 2^31 elements, got ", n);
+  return static_cast<unsigned>(n);
+}
+
+__device__ inline unsigned global_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ inline unsigned all_threads() { return gridDim.x * blockDim.x; }
+// Of a grid by pixel_blocks.
+__device__ inline unsigned first_pixel() { return blockIdx.x * blockDim.y + threadIdx.y; }
+__device__ inline unsigned all_pixels() { return gridDim.x * blockDim.y; }
 
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {

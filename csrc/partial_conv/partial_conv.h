@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/aten.h"
+#include "common/fold.h"
 #include "common/simd.h"
 
 namespace fused_inpaint {
@@ -26,21 +27,6 @@ inline Activation parse_activation(const std::string& name) {
   STD_TORCH_CHECK(name == "leaky_relu", "partial_conv2d: activation must be none, relu or leaky_relu, got ", name);
   return Activation::leaky_relu;
 }
-
-// A nearest x2 upsample followed by an odd k x k convolution with padding k/2 is one convolution at the low resolution
-// with (k+1)/2 taps a side and four times the output channels, one set for each phase (row parity, column parity):
-// phase a of output row 2i + a is row i + a * shift of that convolution, padded by `padding`.
-struct Fold {
-  int64_t kernel, taps, padding, shift;
-  FUSED_INPAINT_INLINE explicit Fold(int64_t k)
-      : kernel(k), taps((k + 1) / 2), padding((k / 2 + 1) / 2), shift((k / 2) % 2) {}
-  // Tap of the folded kernel that holds tap u of the kernel, for phase a.
-  FUSED_INPAINT_INLINE int64_t tap(int64_t a, int64_t u) const {
-    const int64_t offset = a - kernel / 2 + u;                           // of the upsampled row, from 2i
-    const int64_t low = offset >= 0 ? offset / 2 : -((1 - offset) / 2);  // floor
-    return low + padding - a * shift;
-  }
-};
 
 // What the pass over the output needs beside the data. Shapes: output (n, c, h, w).
 struct Output {
@@ -90,17 +76,6 @@ inline int64_t batch_of(const std::vector<Tensor>& masks) {
   return batch;
 }
 
-inline void check_masks(const std::vector<Tensor>& masks, const Ints& channels, const Ints& upsample) {
-  STD_TORCH_CHECK(!masks.empty() && masks.size() == channels.size() && masks.size() == upsample.size(),
-                  "partial_window: masks, channels and upsample must be of one length");
-  for (size_t i = 0; i < masks.size(); ++i)
-    STD_TORCH_CHECK(masks[i].dim() == 4 && masks[i].scalar_type() == ScalarType::Byte && masks[i].is_contiguous() &&
-                        masks[i].size(1) > 0 && (masks[i].size(0) == 1 || masks[i].size(0) == batch_of(masks)) &&
-                        masks[i].size(2) * upsample[i] == masks[0].size(2) * upsample[0] &&
-                        masks[i].size(3) * upsample[i] == masks[0].size(3) * upsample[0],
-                    "partial_window: masks must be contiguous uint8 of one batch and one size after upsampling");
-}
-
 // The passes of each device, which the host functions of partial_conv_host.h put between the vendor's convolutions.
 namespace FUSED_INPAINT_DEVICE {
 
@@ -124,8 +99,6 @@ void zero_holes(Tensor& x, const Tensor& mask);
 Tensor concat_sources(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Ints& upsample);
 void split_gradient(const Tensor& grad, const Ints& upsample, std::vector<Tensor>& grad_sources);
 Tensor slice_weight(const Tensor& weight, int64_t first, int64_t channels);
-Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels);
-void unfold_gradient(const Tensor& grad_folded, int64_t first, Tensor& grad_weight);
 void place_gradient(const Tensor& grad_slice, int64_t first, Tensor& grad_weight);
 void accumulate(Tensor& sum, const Tensor& term);
 

@@ -14,10 +14,11 @@ namespace {
 
 // Memory safety only: what a user can get wrong is said in Python, in better words.
 void check(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Tensor& count,
-           const Tensor& weight, const Ints& upsample, int64_t groups) {
+           const Tensor& weight, const Ints& upsample, int64_t groups, const Ints& zeroed) {
   const size_t n = sources.size();
-  STD_TORCH_CHECK(n > 0 && masks.size() == n && upsample.size() == n && weight.dim() == 4,
-                  "partial_conv2d: sources, masks and upsample must be of one length, and weight of 4 dimensions");
+  STD_TORCH_CHECK(
+      n > 0 && masks.size() == n && upsample.size() == n && zeroed.size() == n && weight.dim() == 4,
+      "partial_conv2d: sources, masks, upsample and zeroed must be of one length, and weight of 4 dimensions");
   for (size_t i = 0; i < n; ++i) {
     const Tensor &x = sources[i], &m = masks[i];
     STD_TORCH_CHECK(
@@ -74,13 +75,19 @@ bool folds(const std::vector<Tensor>& sources, const Ints& upsample, const Tenso
   return false;
 }
 
+// A source with its holes at 0. `zeroed` is the caller's promise that they are, which saves looking and copying.
+Tensor zero_filled(const Tensor& x, const Tensor& mask, int64_t zeroed) {
+  return zeroed ? channels_last(x) : select_valid(x, mask);
+}
+
 Operands prepare(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Tensor& weight,
-                 const Ints& upsample, const ConvGeometry& geometry, bool fold, const std::vector<Tensor>& packed) {
+                 const Ints& upsample, const ConvGeometry& geometry, const Ints& zeroed, bool fold,
+                 const std::vector<Tensor>& packed) {
   STD_TORCH_CHECK(packed.empty() || packed.size() == (fold ? sources.size() : 1),
                   "partial_conv2d: packed must hold one weight, or one for each source if folded");
   Operands o;
   if (!fold) {
-    o.x.push_back(sources.size() == 1 && upsample[0] == 1 ? select_valid(sources[0], masks[0])
+    o.x.push_back(sources.size() == 1 && upsample[0] == 1 ? zero_filled(sources[0], masks[0], zeroed[0])
                                                           : concat_sources(sources, masks, upsample));
     o.weight.push_back(packed.empty() ? weight : packed[0]);
     o.folded.push_back(false);
@@ -92,7 +99,7 @@ Operands prepare(const std::vector<Tensor>& sources, const std::vector<Tensor>& 
   for (size_t i = 0; i < sources.size(); ++i) {
     const int64_t channels = sources[i].size(1);
     const bool low = upsample[i] == 2;
-    o.x.push_back(select_valid(sources[i], masks[i]));
+    o.x.push_back(zero_filled(sources[i], masks[i], zeroed[i]));
     o.weight.push_back(!packed.empty() ? packed[i]
                        : low           ? fold_weight(weight, first, channels)
                                        : slice_weight(weight, first, channels));
@@ -165,8 +172,8 @@ Tensor constant(double value, int64_t n, ScalarType dtype, const Tensor& like) {
 // (N, O, H', W'), once the operands are known to fit together.
 std::vector<int64_t> checked_output_size(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks,
                                          const Tensor& count, const Tensor& weight, const Ints& upsample,
-                                         int64_t groups) {
-  check(sources, masks, count, weight, upsample, groups);
+                                         int64_t groups, const Ints& zeroed) {
+  check(sources, masks, count, weight, upsample, groups, zeroed);
   return {sources[0].size(0), weight.size(0), count.size(2), count.size(3)};
 }
 
@@ -198,7 +205,7 @@ Gradients zero_gradients(const std::vector<Tensor>& sources, const Tensor& weigh
 // From the gradients of the numerator back to the sources and the weight. What is not needed stays an empty tensor.
 Gradients convolve_backward(const Tensor& grad_sum, const std::optional<Tensor>& grad_phases, const Operands& o,
                             const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Tensor& weight,
-                            const Ints& upsample, bool fold, bool need_x, bool need_weight) {
+                            const Ints& upsample, const Ints& zeroed, bool fold, bool need_x, bool need_weight) {
   Gradients g;
   g.weight = need_weight ? empty_channels_last({weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
                                                weight.scalar_type(), weight)
@@ -226,10 +233,9 @@ Gradients convolve_backward(const Tensor& grad_sum, const std::optional<Tensor>&
     split_gradient(whole, upsample, g.sources);
   }
   for (size_t i = 0; i < sources.size(); ++i) {
-    if (need_x)
-      zero_holes(g.sources[i], masks[i]);
-    else
-      g.sources.push_back(empty({0}, sources[i].scalar_type(), sources[i]));
+    // Whoever wrote the zeros takes no gradient there.
+    if (need_x && !zeroed[i]) zero_holes(g.sources[i], masks[i]);
+    if (!need_x) g.sources.push_back(empty({0}, sources[i].scalar_type(), sources[i]));
   }
   return g;
 }
@@ -248,16 +254,17 @@ std::optional<Tensor> empty_phases(const Operands& o, const Tensor& source, cons
 
 Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count, Tensor weight,
                       std::optional<Tensor> bias, std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding,
-                      Ints dilation, int64_t groups, std::string activation, double slope, int64_t fold_from,
-                      std::vector<Tensor> packed) {
+                      Ints dilation, int64_t groups, Ints zeroed, std::string activation, double slope,
+                      int64_t fold_from, std::vector<Tensor> packed) {
   const DeviceGuard guard(weight);
   const int64_t outputs = weight.size(0);
-  const auto size = checked_output_size(sources, masks, count, weight, upsample, groups);
+  const auto size = checked_output_size(sources, masks, count, weight, upsample, groups, zeroed);
   const ScalarType dtype = sources[0].scalar_type();
   if (elements(size) == 0) return empty_channels_last(size, dtype, sources[0]);
   check_channels({bias ? &*bias : nullptr, scale ? &*scale : nullptr}, outputs);
   const bool fold = folds(sources, upsample, weight, fold_from);
-  const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, packed);
+  const Operands o =
+      prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, zeroed, fold, packed);
   const Numerator numerator = convolve(o, !packed.empty());
   Tensor y = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
   check_numerator(numerator, size, shift_of(weight), dtype);
@@ -269,12 +276,12 @@ Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Te
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward(
     Tensor grad, Tensor y, std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count, Tensor weight,
-    std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding, Ints dilation, int64_t groups,
+    std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding, Ints dilation, int64_t groups, Ints zeroed,
     std::string activation, double slope, int64_t fold_from, bool need_sources, bool need_weight, bool need_bias) {
   const DeviceGuard guard(weight);
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = y.scalar_type();
-  const auto size = checked_output_size(sources, masks, count, weight, upsample, groups);
+  const auto size = checked_output_size(sources, masks, count, weight, upsample, groups, zeroed);
   check_map("y", y, size, sources[0].scalar_type());
   check_map("grad", grad, size, y.scalar_type());
   check_channels({scale ? &*scale : nullptr}, outputs);
@@ -284,15 +291,15 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward(
     return {g.sources, g.weight, grad_bias};
   }
   const bool fold = folds(sources, upsample, weight, fold_from);
-  const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
+  const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, zeroed, fold, {});
   const int64_t shift = shift_of(weight);
   Tensor grad_sum = empty_channels_last(size, dtype, y);
   std::optional<Tensor> grad_phases = empty_phases(o, sources[0], count, outputs, shift);
   const Output out = describe_output(y, count, window_of(sources, weight), activation, slope);
   epilogue_backward(channels_last(grad), channels_last(y), out, scale ? *scale : constant(1, outputs, dtype, y),
                     grad_sum, grad_phases ? &*grad_phases : nullptr, shift, need_bias ? &grad_bias : nullptr);
-  Gradients g =
-      convolve_backward(grad_sum, grad_phases, o, sources, masks, weight, upsample, fold, need_sources, need_weight);
+  Gradients g = convolve_backward(grad_sum, grad_phases, o, sources, masks, weight, upsample, zeroed, fold,
+                                  need_sources, need_weight);
   return {g.sources, g.weight, grad_bias};
 }
 
@@ -300,18 +307,18 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn(std::vector<Tensor> sources, std::vector<Tensor> masks,
                                                              Tensor count, Tensor weight, Tensor norm_weight,
                                                              Tensor norm_bias, double eps, Ints upsample, Ints stride,
-                                                             Ints padding, Ints dilation, int64_t groups,
+                                                             Ints padding, Ints dilation, int64_t groups, Ints zeroed,
                                                              std::string activation, double slope, int64_t fold_from) {
   const DeviceGuard guard(weight);
   const int64_t outputs = weight.size(0);
-  const auto size = checked_output_size(sources, masks, count, weight, upsample, groups);
+  const auto size = checked_output_size(sources, masks, count, weight, upsample, groups, zeroed);
   check_channels({&norm_weight, &norm_bias}, outputs);
   const ScalarType dtype = sources[0].scalar_type();
   Tensor mean = constant(0, outputs, dtype, weight), var = constant(0, outputs, dtype, weight);
   Tensor y = empty_channels_last(size, dtype, sources[0]);
   if (elements(size) == 0) return {y, empty_channels_last(size, dtype, sources[0]), mean, var};
   const bool fold = folds(sources, upsample, weight, fold_from);
-  const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
+  const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, zeroed, fold, {});
   const Numerator numerator = convolve(o, false);
   Tensor conv = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
   check_numerator(numerator, size, shift_of(weight), dtype);
@@ -325,12 +332,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn(std::vector<Tensor>
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> partial_conv2d_bn_backward(
     Tensor grad, Tensor conv, Tensor mean, Tensor var, std::vector<Tensor> sources, std::vector<Tensor> masks,
     Tensor count, Tensor weight, Tensor norm_weight, Tensor norm_bias, double eps, Ints upsample, Ints stride,
-    Ints padding, Ints dilation, int64_t groups, std::string activation, double slope, int64_t fold_from,
+    Ints padding, Ints dilation, int64_t groups, Ints zeroed, std::string activation, double slope, int64_t fold_from,
     bool need_sources, bool need_weight) {
   const DeviceGuard guard(weight);
   const int64_t outputs = weight.size(0);
   const ScalarType dtype = conv.scalar_type();
-  const auto size = checked_output_size(sources, masks, count, weight, upsample, groups);
+  const auto size = checked_output_size(sources, masks, count, weight, upsample, groups, zeroed);
   check_map("conv", conv, size, sources[0].scalar_type());
   check_map("grad", grad, size, conv.scalar_type());
   check_channels({&norm_weight, &norm_bias, &mean, &var}, outputs);
@@ -343,15 +350,15 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> partial_conv2d_bn_backwa
     return {g.sources, g.weight, grad_norm_weight, grad_norm_bias};
   }
   const bool fold = folds(sources, upsample, weight, fold_from);
-  const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, fold, {});
+  const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, zeroed, fold, {});
   const int64_t shift = shift_of(weight);
   Tensor grad_sum = empty_channels_last(size, dtype, conv);
   std::optional<Tensor> grad_phases = empty_phases(o, sources[0], count, outputs, shift);
   const Output out = describe_output(conv, count, window_of(sources, weight), activation, slope);
   batch_norm_backward(channels_last(grad), conv, out, mean, var, norm_weight, norm_bias, eps, grad_sum,
                       grad_phases ? &*grad_phases : nullptr, shift, grad_norm_weight, grad_norm_bias);
-  Gradients g =
-      convolve_backward(grad_sum, grad_phases, o, sources, masks, weight, upsample, fold, need_sources, need_weight);
+  Gradients g = convolve_backward(grad_sum, grad_phases, o, sources, masks, weight, upsample, zeroed, fold,
+                                  need_sources, need_weight);
   return {g.sources, g.weight, grad_norm_weight, grad_norm_bias};
 }
 

@@ -38,9 +38,6 @@ struct Phases {
     const int64_t b = x % 2;
     return ((x / 2 + b * shift) * 4 + b) * c;
   }
-  FUSED_INPAINT_INLINE int64_t pixel(int64_t pixel, int64_t out_h, int64_t out_w) const {
-    return row(pixel / out_w, out_h) + column(pixel % out_w);
-  }
 };
 
 inline Phases phases_of(const Output& out, int64_t shift) {

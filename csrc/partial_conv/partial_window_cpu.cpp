@@ -3,8 +3,7 @@
 #define FUSED_INPAINT_DEVICE cpu
 #include <algorithm>
 
-#include "common/dispatch.h"
-#include "partial_conv/partial_conv.h"
+#include "partial_conv/partial_window_host.h"
 
 namespace fused_inpaint::cpu {
 namespace {
@@ -77,6 +76,43 @@ FUSED_INPAINT_CLONES void sum_down(const int32_t* in, int32_t* __restrict out, u
   for (int64_t x = 0; x < width; ++x) valid[x] = out[x] > 0;
 }
 
+void sum_window(WindowStep& step) {
+  const std::vector<Tensor>& masks = step.masks;
+  const int64_t batch = batch_of(masks);
+  const int64_t h = masks[0].size(2) * step.upsample[0], w = masks[0].size(3) * step.upsample[0];
+  auto axis = [&](int d, int64_t size) {
+    return Axis{size, step.counts.size(2 + d), step.kernel[d], step.stride[d], step.padding[d], step.dilation[d]};
+  };
+  const Axis rows = axis(0, h), cols = axis(1, w);
+  int32_t* counts = mutable_data<int32_t>(step.counts);
+  uint8_t* valid = mutable_data<uint8_t>(step.valid);
+  std::vector<int32_t> narrow(batch * h * cols.out);
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w));
+  torch::stable::parallel_for(0, batch * h, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> sum(w), scratch(w + 1);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / h, y = row % h;
+      std::fill(sum.begin(), sum.end(), 0);
+      for (size_t i = 0; i < masks.size(); ++i) {
+        const int64_t planes = masks[i].size(1), mh = masks[i].size(2), mw = masks[i].size(3);
+        const uint8_t* mask = data<uint8_t>(masks[i]) + (masks[i].size(0) == 1 ? 0 : n * planes * mh * mw);
+        add_row(mask, planes, mh, mw, y, static_cast<int32_t>(step.channels[i] / planes), step.upsample[i], sum.data());
+      }
+      sum_row(sum.data(), narrow.data() + row * cols.out, cols, scratch.data());
+    }
+  });
+  torch::stable::parallel_for(0, batch * rows.out, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / rows.out, i = row % rows.out, at = row * cols.out;
+      sum_down(narrow.data() + n * h * cols.out, counts + at, valid + at, rows, i, cols.out);
+    }
+  });
+}
+
+void sum_windows(std::vector<WindowStep>& steps) {
+  for (WindowStep& step : steps) sum_window(step);
+}
+
 }  // namespace
 
 Tensor mask_plane(Tensor mask, std::string name) {
@@ -99,47 +135,10 @@ Tensor mask_plane(Tensor mask, std::string name) {
   return plane;
 }
 
-std::tuple<Tensor, Tensor> partial_window(std::vector<Tensor> masks, Ints channels, Ints upsample, Ints kernel,
-                                          Ints stride, Ints padding, Ints dilation) {
-  check_masks(masks, channels, upsample);
-  const int64_t batch = batch_of(masks);
-  const int64_t h = masks[0].size(2) * upsample[0], w = masks[0].size(3) * upsample[0];
-  auto axis = [&](int d, int64_t size) {
-    const int64_t out = window_output(size, kernel[d], stride[d], padding[d], dilation[d]);
-    return Axis{size, out, kernel[d], stride[d], padding[d], dilation[d]};
-  };
-  const Axis rows = axis(0, h), cols = axis(1, w);
-  Tensor count = empty({batch, 1, rows.out, cols.out}, ScalarType::Int, masks[0]);
-  Tensor new_mask = empty({batch, 1, rows.out, cols.out}, ScalarType::Byte, masks[0]);
-  int32_t* counts = mutable_data<int32_t>(count);
-  uint8_t* valid = mutable_data<uint8_t>(new_mask);
-  std::vector<int32_t> narrow(batch * h * cols.out);
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w));
-  torch::stable::parallel_for(0, batch * h, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> sum(w), scratch(w + 1);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / h, y = row % h;
-      std::fill(sum.begin(), sum.end(), 0);
-      for (size_t i = 0; i < masks.size(); ++i) {
-        const int64_t planes = masks[i].size(1), mh = masks[i].size(2), mw = masks[i].size(3);
-        const uint8_t* mask = data<uint8_t>(masks[i]) + (masks[i].size(0) == 1 ? 0 : n * planes * mh * mw);
-        add_row(mask, planes, mh, mw, y, static_cast<int32_t>(channels[i] / planes), upsample[i], sum.data());
-      }
-      sum_row(sum.data(), narrow.data() + row * cols.out, cols, scratch.data());
-    }
-  });
-  torch::stable::parallel_for(0, batch * rows.out, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / rows.out, i = row % rows.out, at = row * cols.out;
-      sum_down(narrow.data() + n * h * cols.out, counts + at, valid + at, rows, i, cols.out);
-    }
-  });
-  return {count, new_mask};
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, CPU, m) {
   m.impl("mask_plane", TORCH_BOX(&mask_plane));
   m.impl("partial_window", TORCH_BOX(&partial_window));
+  m.impl("partial_window_chain", TORCH_BOX(&partial_window_chain));
 }
 
 }  // namespace fused_inpaint::cpu

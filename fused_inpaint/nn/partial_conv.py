@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import BatchNorm, Window, partial_conv2d, partial_window
+from ..ops import Window, WindowStep, partial_conv2d, partial_window
 from ..ops.partial_conv.packing import PackedWeight, folds, pack
 
 
@@ -140,9 +140,16 @@ class PartialConv2d(nn.Conv2d):
         assert not isinstance(self.padding, str)
         return partial_window(mask, self.in_channels, self.kernel_size, self.stride, self.padding, self.dilation)
 
-    def block(self, x: Tensor, window: Window, activation: str, slope: float, norm: BatchNorm | None) -> Tensor:
-        """Convolution, norm and activation in one call, for masks whose window is known."""
-        return self._convolve(x, None, activation=activation, slope=slope, batch_norm=norm, window=window)[0]
+    def window_step(self, *inputs: int) -> WindowStep:
+        """The same as a step of `fused_inpaint.ops.partial_window_chain`, for the mask of this number."""
+        assert not isinstance(self.padding, str)
+        geometry = (list(self.kernel_size), list(self.stride), list(self.padding), list(self.dilation))
+        return WindowStep(list(inputs), [self.in_channels], [1], *geometry)
+
+    def block(self, x: Tensor, window: Window, **options: Any) -> Tensor:
+        """The layer with options of `fused_inpaint.ops.partial_conv2d` (norm, activation, ...), for a mask whose window
+        is known."""
+        return self._convolve(x, None, window=window, **options)[0]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, multi_channel={self.multi_channel}, return_mask={self.return_mask}"
@@ -215,11 +222,16 @@ class PartialUpConv2d(nn.Module):
             upsample=(2, 1),
         )
 
-    def block(
-        self, x: Sequence[Tensor], window: Window, activation: str, slope: float, norm: BatchNorm | None
-    ) -> Tensor:
-        """Convolution, norm and activation of (x, skip) in one call, for masks whose window is known."""
-        return self._convolve(x, None, activation=activation, slope=slope, batch_norm=norm, window=window)[0]
+    def window_step(self, *inputs: int) -> WindowStep:
+        """The same as a step of `fused_inpaint.ops.partial_window_chain`, for the masks of these numbers."""
+        k = self.kernel_size
+        geometry = ([k, k], [1, 1], [k // 2, k // 2], [1, 1])
+        return WindowStep(list(inputs), [self.up_channels, self.skip_channels], [2, 1], *geometry)
+
+    def block(self, x: Sequence[Tensor], window: Window, **options: Any) -> Tensor:
+        """The layer for (x, skip) with options of `fused_inpaint.ops.partial_conv2d` (norm, activation, ...), for masks
+        whose window is known."""
+        return self._convolve(x, None, window=window, **options)[0]
 
     def extra_repr(self) -> str:
         return (

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..checks import Pair, check_mask_type, error, pair
-from .checks import check_call, check_output_size, check_window
-from .dispatch import count, plane_of, run, window_of
+from .checks import check_call, check_chain, check_output_size, check_window
+from .dispatch import count, count_chain, plane_of, run
 from .packing import PackedWeight
-from .types import BatchNorm, Epilogue, Geometry, Window
+from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
 
 def partial_conv2d(
@@ -29,6 +29,7 @@ def partial_conv2d(
     batch_norm: BatchNorm | None = None,
     window: Window | None = None,
     fold: bool | None = None,
+    holes_zero: bool | Sequence[bool] = False,
     packed: PackedWeight | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Partial convolution (Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", eq. 1 and 2).
@@ -55,6 +56,9 @@ def partial_conv2d(
         batch_norm: normalisation before the activation; statistics include the holes (as 0). Replaces the bias.
         window: the result of `partial_window` for these masks, to save summing them again.
         fold: do an upsampling inside the kernel (exact, less work) or not; None lets a measured table decide.
+        holes_zero: a promise that x already holds 0 in its holes and that whatever wrote the zeros takes no gradient
+            there, as the outputs of this function do: x is then not looked at or copied, and its gradient is left as
+            it falls in the holes. One for each map of a sequence.
         packed: the same weight made ready by `fused_inpaint.prepack`, for inference on the CPU.
 
     Returns:
@@ -78,7 +82,8 @@ def partial_conv2d(
     masks = None if mask is None else [mask] if isinstance(mask, Tensor) else list(mask)
     ups = [upsample] * len(sources) if isinstance(upsample, int) else list(upsample)
     op, names = "partial_conv2d", ["mask"] * len(sources)
-    geometry = _geometry(op, ups, stride, padding, dilation, groups)
+    zeroed = [holes_zero] * len(sources) if isinstance(holes_zero, bool) else list(holes_zero)
+    geometry = _geometry(op, ups, stride, padding, dilation, groups, zeroed)
     epilogue = Epilogue(activation, slope, batch_norm)
     return _convolve(op, sources, masks, names, weight, bias, geometry, epilogue, window, fold, packed, multi_channel)
 
@@ -120,7 +125,7 @@ def partial_upconv2d(
     k = weight.size(2) if weight.dim() == 4 else 0
     if k % 2 == 0 or weight.size(3) != k:
         raise error(op, "weight", "(O, Cu + Cs, k, k) with k odd", tuple(weight.shape))
-    geometry = _geometry(op, [2, 1], 1, k // 2, 1, 1)
+    geometry = _geometry(op, [2, 1], 1, k // 2, 1, 1, [False, False])
     epilogue = Epilogue(activation, slope, batch_norm)
     names = ["mask", "skip_mask"]
     return _convolve(
@@ -174,18 +179,49 @@ def partial_window(
         if (m.size(2) * up, m.size(3) * up) != (masks[0].size(2) * ups[0], masks[0].size(3) * ups[0]):
             raise error(op, "mask", "of one size after upsampling", tuple(m.shape))
     kernel = pair(op, "kernel_size", kernel_size, 1)
-    geometry = _geometry(op, ups, stride, padding, dilation, 1)
-    check_output_size(op, "mask", (masks[0].size(2) * ups[0], masks[0].size(3) * ups[0]), kernel, geometry)
+    geometry = _geometry(op, ups, stride, padding, dilation, 1, [False] * len(masks))
+    check_output_size(op, "mask", (masks[0].size(2) * ups[0], masks[0].size(3) * ups[0]), kernel, geometry[1:4])
     return count(op, [plane_of(op, m) for m in masks], counts, kernel, geometry)
 
 
-def _geometry(op: str, upsample: list[int], stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Geometry:
+def partial_window_chain(mask: Tensor | Sequence[Tensor], steps: Sequence[WindowStep]) -> list[Window]:
+    """The windows of a whole network of partial convolutions in one call: `partial_window` for each step.
+
+    Args:
+        mask: (N or 1, 1 or C, H, W), 1 = valid, 0 = hole, or a sequence of them: the masks that are known at the start.
+        steps: the partial convolutions in an order in which each one's masks are known; the new mask of step i is
+            number i after the given ones.
+
+    >>> import torch
+    >>> from fused_inpaint import ops
+    >>> plain = dict(channels=[3], upsample=[1], kernel=[3, 3], stride=[2, 2], padding=[1, 1], dilation=[1, 1])
+    >>> steps = [ops.WindowStep(inputs=[0], **plain), ops.WindowStep(inputs=[1], **plain)]
+    >>> [tuple(w.mask.shape) for w in ops.partial_window_chain(torch.ones(1, 1, 8, 8), steps)]
+    [(1, 1, 4, 4), (1, 1, 2, 2)]
+    """
+    op = "partial_window_chain"
+    planes = []
+    for m in [mask] if isinstance(mask, Tensor) else mask:
+        if m.dim() != 4:
+            raise error(op, "mask", "(N, C, H, W)", tuple(m.shape))
+        check_mask_type(op, m)
+        planes.append(plane_of(op, m))
+    if not planes:
+        raise error(op, "mask", "a tensor or a sequence of at least one", "none")
+    check_chain(op, [plane.shape[1:] for plane in planes], steps)
+    return count_chain(op, planes, steps)
+
+
+def _geometry(
+    op: str, upsample: list[int], stride: Pair, padding: Pair, dilation: Pair, groups: int, zeroed: list[bool]
+) -> Geometry:
     return Geometry(
         upsample,
         list(pair(op, "stride", stride, 1)),
         list(pair(op, "padding", padding, 0)),
         list(pair(op, "dilation", dilation, 1)),
         groups,
+        [int(z) for z in zeroed],
     )
 
 
@@ -204,12 +240,9 @@ def _convolve(
     multi_channel: bool,
 ) -> tuple[Tensor, Tensor]:
     check_call(op, sources, weight, bias, geometry, epilogue)
-    given = window is not None
-    if window is None:
-        window = window_of(op, sources, masks, names, weight.shape[2:], geometry)
-    else:
+    if window is not None:
         check_window(op, window, sources, weight, geometry)
-    y = run(op, sources, weight, bias, window, geometry, epilogue, fold, packed)
+    y, mask = run(op, sources, masks, names, weight, bias, window, geometry, epilogue, fold, packed)
     # A copy of a window that others may share.
-    new_mask = window.mask.to(masks[0].dtype if masks else y.dtype, copy=given)
-    return y, new_mask.expand(-1, weight.size(0), -1, -1) if multi_channel else new_mask
+    mask = mask.to(masks[0].dtype if masks else y.dtype, copy=window is not None)
+    return y, mask.expand(-1, weight.size(0), -1, -1) if multi_channel else mask

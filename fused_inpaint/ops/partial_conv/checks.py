@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What partial convolution refuses, in words."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..checks import LIMIT, check_feature_map, check_mask, error
 from .schema import output_size
-from .types import BatchNorm, Epilogue, Geometry, Window
+from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
 
 def check_call(
@@ -16,6 +18,8 @@ def check_call(
         raise error(op, "x", "a tensor or a sequence of at least one", "none")
     if len(upsample) != len(sources) or not all(u in (1, 2) for u in upsample):
         raise error(op, "upsample", f"1 or 2 for each of {len(sources)} sources", upsample)
+    if len(geometry.zeroed) != len(sources):
+        raise error(op, "holes_zero", f"a bool, or one for each of {len(sources)} sources", geometry.zeroed)
     for s in sources:
         check_feature_map(op, "x", s, sources[0])
         if s.size(1) < 1:
@@ -27,7 +31,7 @@ def check_call(
     if not isinstance(groups, int) or groups < 1 or (groups > 1 and len(sources) > 1):
         raise error(op, "groups", "a positive int, 1 with several sources", groups)
     _check_parameters(op, weight, bias, sum(s.size(1) for s in sources), groups, sources[0])
-    out = check_output_size(op, "x", (h, w), weight.shape[2:], geometry)
+    out = check_output_size(op, "x", (h, w), weight.shape[2:], geometry[1:4])
     if n * weight.size(0) * out[0] * out[1] >= LIMIT:
         raise error(op, "output", "smaller than 2^31 elements", (n, weight.size(0), *out))
     if epilogue.activation not in ("none", "relu", "leaky_relu"):
@@ -43,11 +47,27 @@ def check_call(
             raise error(op, "upsample", "1 unless the kernel is odd, square, stride 1 and padded by k // 2", upsample)
 
 
+def check_chain(op: str, masks: list[Sequence[int]], steps: Sequence[WindowStep]) -> None:
+    """`masks`: (C, H, W) of the given ones; those of the steps are added as they become known."""
+    for i, step in enumerate(steps):
+        if not step.inputs or not all(0 <= j < len(masks) for j in step.inputs):
+            raise error(op, f"inputs of step {i}", f"masks known by then, 0 to {len(masks) - 1}", step.inputs)
+        found = [masks[j] for j in step.inputs]
+        for (planes, _, _), channels in zip(found, step.channels, strict=True):
+            if planes not in (1, channels):
+                raise error(op, f"mask of step {i}", f"of 1 or {channels} channels", planes)
+        sizes = [(h * up, w * up) for (_, h, w), up in zip(found, step.upsample, strict=True)]
+        if any(size != sizes[0] for size in sizes):
+            raise error(op, f"masks of step {i}", "of one size after upsampling", sizes)
+        geometry = (step.stride, step.padding, step.dilation)
+        masks.append((1, *check_output_size(op, f"mask of step {i}", sizes[0], step.kernel, geometry)))
+
+
 def check_output_size(
-    op: str, name: str, size: tuple[int, int], kernel: tuple[int, ...], geometry: Geometry
+    op: str, name: str, size: tuple[int, int], kernel: Sequence[int], geometry: Sequence[Sequence[int]]
 ) -> tuple[int, int]:
-    """(H', W') of a convolution over maps of this size."""
-    _, stride, padding, dilation, _ = geometry
+    """(H', W') of a convolution over maps of this size; `geometry` is its stride, padding and dilation."""
+    stride, padding, dilation = geometry
     height, width = (output_size(size[d], kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1))
     if height < 1 or width < 1:
         raise error(op, name, f"at least as large as the kernel {tuple(kernel)}", size)
@@ -61,7 +81,7 @@ def check_window(op: str, window: Window, sources: list[Tensor], weight: Tensor,
         check_mask(op, plane, source)
     up = geometry.upsample[0]
     size = (sources[0].size(2) * up, sources[0].size(3) * up)
-    out = check_output_size(op, "x", size, weight.shape[2:], geometry)
+    out = check_output_size(op, "x", size, weight.shape[2:], geometry[1:4])
     full = sum(s.size(1) for s in sources) * weight.size(2) * weight.size(3)
     if window.full != full:
         raise error(op, "window", f"of {full} values", window.full)

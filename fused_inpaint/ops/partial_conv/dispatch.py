@@ -3,54 +3,125 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import _backends
 from ..checks import autocasts, check_mask, error
+from . import layer_ops as layer_ops  # defines operators
 from . import reference, routes
 from .packing import PackedWeight
-from .schema import ops
-from .types import BatchNorm, Epilogue, Geometry, Window
+from .schema import ops, output_size
+from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
 
 def run(
     op: str,
     sources: list[Tensor],
+    masks: list[Tensor] | None,
+    names: Sequence[str],
     weight: Tensor,
     bias: Tensor | None,
-    window: Window,
+    window: Window | None,
     geometry: Geometry,
     epilogue: Epilogue,
     fold: bool | None,
     packed: PackedWeight | None,
-) -> Tensor:
-    """The layer's output for masks whose window is known, in the dtype that x (or autocast) asks for."""
-    backend = _backends.choose(op, weight.device.type)
+) -> tuple[Tensor, Tensor]:
+    """The layer's output, in the dtype that x (or autocast) asks for, and its new mask."""
     dtype = _result_dtype(op, sources, weight, bias)
-    # oneDNN has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once. A trained gain
-    # over fixed statistics is a factor of the weight, and bfloat16 would round that product, too.
-    wanted = dtype == torch.float16 or (dtype == torch.bfloat16 and _trains_gain(epilogue.norm))
-    inner = torch.float32 if backend == "cpu" and wanted else dtype
-    sources, planes = [s.to(dtype).to(inner) for s in sources], list(window.planes)
-    weight = weight.to(dtype).to(inner)
-    if packed is not None and (backend != "cpu" or inner != packed.weights[0].dtype):
+    call = _describe(sources, weight, dtype, geometry, epilogue)
+    if call.batch_statistics and call.rows == 1:
+        raise error(op, "x", "more than one value per channel for batch statistics", 1)
+    kernel = routes.choose(op, call)
+    # The others sum the masks themselves, and take them as they are.
+    if window is None and (kernel in ("vendor", "reference") or geometry.groups > 1):
+        window = window_of(op, sources, masks, names, weight.shape[2:], geometry)
+    planes = _given(op, sources, masks, names) if window is None else list(window.planes)
+
+    oneDNN = kernel == "vendor" and call.device != _backends.DEVICE["cuda"]
+    # It has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once. A trained gain over
+    # fixed statistics is a factor of the weight, and a half type would round that product, too.
+    wide = (oneDNN and dtype == torch.float16) or (dtype != torch.float64 and _trains_gain(epilogue.norm))
+    inner = torch.float32 if wide else dtype
+    if packed is not None and (not oneDNN or inner != packed.weights[0].dtype):
         packed = None
-    fold_from = routes.fold_from("plain", fold if packed is None else packed.fold)
+    fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold if packed is None else packed.fold)
+    layer = Layer([s.to(dtype).to(inner) for s in sources], planes, window, weight.to(dtype).to(inner), geometry)
     with _no_autocast(weight):
-        norm = epilogue.norm
-        if norm is not None and norm.training:
-            y = _with_batch_statistics(
-                op, backend, sources, planes, window.counts, weight, norm, geometry, epilogue, fold_from
-            )
-            return y.to(dtype)
-        weight, bias, scale = _as_constants(weight, bias, norm)
-        arguments = (sources, planes, window.counts, weight, bias, scale, *geometry, *epilogue[:2])
-        if backend == "reference":
-            return reference.partial_conv2d(*arguments).to(dtype)
-        y = ops.partial_conv2d(*arguments, fold_from, list(packed.weights) if packed else [])
-        return y.to(dtype)
+        if call.batch_statistics:
+            y, mask = _with_batch_statistics(kernel, layer, epilogue, fold_from, call.rows)
+        else:
+            y, mask = _with_constants(kernel, layer, bias, epilogue, fold_from, packed)
+    return y.to(dtype), mask if window is None else window.mask
+
+
+class Layer(NamedTuple):
+    """The convolution without what follows it."""
+
+    sources: list[Tensor]
+    masks: list[Tensor]  # uint8 where there is a window, else as the user gave them
+    window: Window | None
+    weight: Tensor
+    geometry: Geometry
+
+
+def _describe(
+    sources: list[Tensor], weight: Tensor, dtype: torch.dtype, geometry: Geometry, epilogue: Epilogue
+) -> routes.Call:
+    up, (stride, padding, dilation) = geometry.upsample[0], geometry[1:4]
+    outputs, _, *kernel = weight.shape
+    size = [output_size(sources[0].size(2 + d) * up, kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1)]
+    return routes.Call(
+        weight.device.type,
+        dtype,
+        len(sources),
+        sum(s.size(1) for s in sources),
+        outputs,
+        kernel,
+        stride,
+        dilation,
+        geometry.groups,
+        sources[0].size(0) * size[0] * size[1],
+        epilogue.norm is not None and epilogue.norm.training,
+    )
+
+
+def _with_constants(
+    kernel: str,
+    layer: Layer,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    fold_from: int,
+    packed: PackedWeight | None,
+) -> tuple[Tensor, Tensor]:
+    weight, bias, scale = _as_constants(layer.weight, bias, epilogue.norm)
+    sources, masks, window, _, geometry = layer
+    if kernel == "direct":
+        y, _, mask = ops.partial_conv2d_direct(sources, masks, weight, bias, scale, *geometry[:5], *epilogue[:2])
+        return y, mask
+    if kernel == "triton":
+        y, _, mask = _triton(layer._replace(weight=weight), bias, scale, epilogue, fold_from)
+        return y, mask
+    assert window is not None
+    arguments = (sources, masks, window.counts, weight, bias, scale, *geometry, *epilogue[:2])
+    if kernel == "reference":
+        return reference.partial_conv2d(*arguments), window.mask
+    return ops.partial_conv2d(*arguments, fold_from, list(packed.weights) if packed else []), window.mask
+
+
+def _triton(
+    layer: Layer, bias: Tensor | None, scale: Tensor | None, epilogue: Epilogue, fold_from: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, counts, new mask)"""
+    sources, masks, window, weight, geometry = layer
+    counts = None if window is None else window.counts
+    y, summed, mask = ops.partial_conv2d_triton(
+        sources, masks, counts, weight, bias, scale, *geometry[:5], *epilogue[:2], fold_from
+    )
+    return (y, summed, mask) if window is None else (y, window.counts, window.mask)
 
 
 def _trains_gain(norm: BatchNorm | None) -> bool:
@@ -66,7 +137,7 @@ def _as_constants(
         return weight, None if bias is None else bias.to(wide), None
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-    bias = norm.bias.to(wide) - norm.running_mean.to(wide) * scale
+    bias = torch.addcmul(norm.bias.to(wide), norm.running_mean.to(wide), scale, value=-1)
     if _trains_gain(norm):
         # The kernels take the scale as a constant.
         return (weight.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype), bias, None
@@ -74,32 +145,29 @@ def _as_constants(
 
 
 def _with_batch_statistics(
-    op: str,
-    backend: str,
-    sources: list[Tensor],
-    planes: list[Tensor],
-    counts: Tensor,
-    weight: Tensor,
-    norm: BatchNorm,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    fold_from: int,
-) -> Tensor:
-    values = sources[0].size(0) * counts.size(2) * counts.size(3)
-    if values == 1:
-        raise error(op, "x", "more than one value per channel for batch statistics", 1)
+    kernel: str, layer: Layer, epilogue: Epilogue, fold_from: int, values: int
+) -> tuple[Tensor, Tensor]:
+    sources, masks, window, weight, geometry = layer
+    norm = epilogue.norm
+    assert norm is not None
     gain, shift = norm.weight.to(_wide(weight)), norm.bias.to(_wide(weight))
-    arguments = (sources, planes, counts, weight, gain, shift, norm.eps, *geometry, *epilogue[:2])
-    if backend == "reference":
-        y, mean, var = reference.partial_conv2d_bn(*arguments)
+    if kernel == "triton":  # statistics need the whole map first, so nothing can follow in the same launch
+        v, counts, mask = _triton(layer, None, None, Epilogue("none", 0.0, None), fold_from)
+        y, mean, var = reference.batch_norm(v.to(gain.dtype), counts, gain, shift, norm.eps, *epilogue[:2])
     else:
-        y, _, mean, var = ops.partial_conv2d_bn(*arguments, fold_from)
+        assert window is not None
+        mask = window.mask
+        arguments = (sources, masks, window.counts, weight, gain, shift, norm.eps, *geometry, *epilogue[:2])
+        if kernel == "reference":
+            y, mean, var = reference.partial_conv2d_bn(*arguments)
+        else:
+            y, _, mean, var = ops.partial_conv2d_bn(*arguments, fold_from)
     if norm.running_mean is not None and norm.running_var is not None and values:
         with torch.no_grad():
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             unbiased = var * (values / (values - 1))
             norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
-    return y
+    return y, mask
 
 
 def window_of(
@@ -111,30 +179,64 @@ def window_of(
     geometry: Geometry,
 ) -> Window:
     """Masks as given, checked against their sources, to the window."""
-    if masks is None:
-        planes = [torch.ones((1, 1, *s.shape[2:]), dtype=torch.uint8, device=s.device) for s in sources]
-    else:
-        if len(masks) != len(sources):
-            raise error(op, "mask", f"a sequence of {len(sources)}, one for each x", len(masks))
-        for source, mask, name in zip(sources, masks, names, strict=True):
-            check_mask(op, mask, source, name)
-        planes = [plane_of(op, mask, name) for mask, name in zip(masks, names, strict=True)]
+    given = _given(op, sources, masks, names)
+    planes = given if masks is None else [plane_of(op, mask, name) for mask, name in zip(given, names, strict=True)]
     return count(op, planes, [s.size(1) for s in sources], kernel, geometry)
 
 
+def _given(op: str, sources: list[Tensor], masks: list[Tensor] | None, names: Sequence[str]) -> list[Tensor]:
+    """The masks, checked against their sources and contiguous; all valid if there are none."""
+    if masks is None:
+        return [torch.ones((1, 1, *s.shape[2:]), dtype=torch.uint8, device=s.device) for s in sources]
+    if len(masks) != len(sources):
+        raise error(op, "mask", f"a sequence of {len(sources)}, one for each x", len(masks))
+    for source, mask, name in zip(sources, masks, names, strict=True):
+        check_mask(op, mask, source, name)
+    return [mask.contiguous() for mask in masks]
+
+
 def count(op: str, planes: list[Tensor], channels: list[int], kernel: Sequence[int], geometry: Geometry) -> Window:
-    upsample, stride, padding, dilation, _ = geometry
+    upsample, stride, padding, dilation = geometry[:4]
     arguments = (planes, channels, upsample, list(kernel), stride, padding, dilation)
-    if _backends.choose(op, planes[0].device.type) == "reference":
+    if _counts_by_reference(op, planes[0]):
         counts, mask = reference.partial_window(*arguments)
     else:
         counts, mask = ops.partial_window(*arguments)
     return Window(tuple(planes), counts, mask, sum(channels) * kernel[0] * kernel[1])
 
 
+def count_chain(op: str, planes: list[Tensor], steps: Sequence[WindowStep]) -> list[Window]:
+    if _counts_by_reference(op, planes[0]):
+        known, counts = list(planes), []
+        for step in steps:
+            given = [known[i] for i in step.inputs]
+            found = reference.partial_window(given, *step[1:])
+            counts.append(found[0])
+            known.append(found[1])
+    else:
+        counts, masks = ops.partial_window_chain(planes, [value for step in steps for value in step.flat()])
+        known = [*planes, *masks]
+    return [
+        Window(
+            tuple(known[i] for i in step.inputs),
+            counts[at],
+            known[len(planes) + at],
+            sum(step.channels) * step.kernel[0] * step.kernel[1],
+        )
+        for at, step in enumerate(steps)
+    ]
+
+
+def _counts_by_reference(op: str, mask: Tensor) -> bool:
+    """Triton's kernel sums masks on its way; where they are wanted alone, it is the library's work if there is one."""
+    device = mask.device.type
+    backend = _backends.choose(op, device)
+    return backend == "reference" or (backend == "triton" and not _backends.native(device))
+
+
 def plane_of(op: str, mask: Tensor, name: str = "mask") -> Tensor:
     """The mask as bytes, checked to hold nothing but 0 and 1 where looking costs no synchronisation."""
-    if _backends.choose(op, mask.device.type) == "reference":
+    if _counts_by_reference(op, mask):
         if mask.device.type == "cpu" and not torch.compiler.is_compiling():
             odd = mask[(mask != 0) & (mask != 1)]
             if odd.numel():
@@ -157,7 +259,7 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -86,6 +86,7 @@ def partial_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    zeroed: Sequence[int],  # not needed here: holes are selected away in any case
     activation: str,
     slope: float,
 ) -> Tensor:  # (N, O, H', W')
@@ -111,17 +112,24 @@ def partial_conv2d_bn(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    zeroed: Sequence[int],  # not needed here: holes are selected away in any case
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, biased variance): batch norm over N, H', W' of the renormalised map, holes (0) included, then the
     activation, then 0 in holes, which is what the next partial convolution would read there."""
     v = _renormalised(sources, masks, count, weight, upsample, stride, padding, dilation, groups)
+    y, mean, var = batch_norm(v, count, norm_weight, norm_bias, eps, activation, slope)
+    return y.to(sources[0].dtype), mean, var
+
+
+def batch_norm(
+    v: Tensor, count: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, activation: str, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
     if v.numel() == 0:  # no value: nothing to normalise, and the running statistics keep theirs
-        mean = var = v.new_zeros(weight.size(0))
+        mean = var = v.new_zeros(v.size(1))
     else:
         var, mean = torch.var_mean(v, (0, 2, 3), correction=0)
     y = (v - mean.view(1, -1, 1, 1)) * (var + eps).rsqrt().view(1, -1, 1, 1)
     y = y * norm_weight.to(y.dtype).view(1, -1, 1, 1) + norm_bias.to(y.dtype).view(1, -1, 1, 1)
-    y = torch.where(count > 0, _activate(y, activation, slope), 0.0)
-    return y.to(sources[0].dtype), mean.detach(), var.detach()
+    return torch.where(count > 0, _activate(y, activation, slope), 0.0), mean.detach(), var.detach()

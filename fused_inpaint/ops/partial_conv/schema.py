@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..._library import define
+from ..derivative import by_reference, has_kernels, wants_graph
 from . import reference
 
-_GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups"
+_GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, int[] zeroed"
 _EPILOGUE = "str activation, float slope, int fold_from"
 
 ops = torch.ops.fused_inpaint
@@ -20,7 +21,7 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _channels_last(like: Tensor, size: Sequence[Any]) -> Tensor:
+def channels_last(like: Tensor, size: Sequence[Any]) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
@@ -40,8 +41,30 @@ def _window_fake(masks, channels, upsample, kernel_size, stride, padding, dilati
     return count, torch.empty_like(count, dtype=torch.uint8)
 
 
+def _window_chain_fake(masks, steps):  # type: ignore[no-untyped-def]
+    known, counts = list(masks), []
+    for inputs, geometry in parse_steps(steps):
+        count, mask = _window_fake([known[i] for i, _, _ in inputs], None, [up for _, _, up in inputs], *geometry)
+        known.append(mask)
+        counts.append(count)
+    return counts, known[len(masks) :]
+
+
+def parse_steps(steps: Sequence[int]) -> list[tuple[list[tuple[int, int, int]], list[list[int]]]]:
+    """The flat steps of partial_window_chain: for each step its (index, channels, upsample) and its (kernel, stride,
+    padding, dilation)."""
+    found, at = [], 0
+    while at < len(steps):
+        n = steps[at]
+        inputs = [(steps[i], steps[i + 1], steps[i + 2]) for i in range(at + 1, at + 1 + 3 * n, 3)]
+        at += 1 + 3 * n
+        found.append((inputs, [list(steps[i : i + 2]) for i in range(at, at + 8, 2)]))
+        at += 8
+    return found
+
+
 def _output_fake(sources: Sequence[Tensor], count: Tensor, weight: Tensor) -> Tensor:
-    return _channels_last(sources[0], (sources[0].size(0), weight.size(0), count.size(2), count.size(3)))
+    return channels_last(sources[0], (sources[0].size(0), weight.size(0), count.size(2), count.size(3)))
 
 
 def _conv_fake(sources, masks, count, weight, *_):  # type: ignore[no-untyped-def]
@@ -50,8 +73,8 @@ def _conv_fake(sources, masks, count, weight, *_):  # type: ignore[no-untyped-de
 
 def _gradients_fake(sources, weight, need_sources, need_weight):  # type: ignore[no-untyped-def]
     return (
-        [_channels_last(s, s.shape) if need_sources else s.new_empty(0) for s in sources],
-        _channels_last(weight, weight.shape) if need_weight else weight.new_empty(0),
+        [channels_last(s, s.shape) if need_sources else s.new_empty(0) for s in sources],
+        channels_last(weight, weight.shape) if need_weight else weight.new_empty(0),
     )
 
 
@@ -75,26 +98,7 @@ def _bn_backward_fake(grad, conv, mean, var, sources, masks, count, weight, norm
     return *gradients, torch.empty_like(norm_weight), torch.empty_like(norm_bias)
 
 
-def _wants_graph() -> bool:
-    # Only create_graph=True runs a backward with grad mode on in eager mode; tracing a compiled backward does so too,
-    # but differentiates it no further.
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _aliases(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Stand-ins to differentiate by: the saved tensors may depend on each other, and on that path nothing may be
-    counted that their own backward counts again."""
-    return [None if t is None else t.view_as(t) for t in tensors]
-
-
-def _reference_gradients(output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
-    """Differentiable gradients by the reference: second derivatives are autograd's own."""
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
-
-
-def _save(ctx: Any, sources: Sequence[Tensor], masks: Sequence[Tensor], *tensors: Tensor | None) -> None:
+def save(ctx: Any, sources: Sequence[Tensor], masks: Sequence[Tensor], *tensors: Tensor | None) -> None:
     ctx.n = len(sources)
     ctx.save_for_backward(*sources, *masks, *tensors)
 
@@ -106,31 +110,39 @@ def _saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], Sequence[Any]]:
 
 def _conv_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     sources, masks, count, weight, bias, scale, *geometry = inputs
-    activation = geometry[5]
+    activation = geometry[6]
     # Without an activation the output says nothing that its gradient does not.
-    _save(ctx, sources, masks, count, weight, bias, scale, None if activation == "none" else output)
+    save(ctx, sources, masks, count, weight, bias, scale, None if activation == "none" else output)
     ctx.geometry = geometry[:-1]
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_sources, grad_weight, grad_bias = gradients(ctx, grad, *ctx.needs_input_grad[3:6])
+    n = ctx.n
+    return grad_sources, [None] * n, None, grad_weight, grad_bias, *[None] * (len(ctx.geometry) + 1), []
+
+
+def gradients(ctx: Any, grad: Tensor, need_weight: bool, need_bias: bool, need_scale: bool) -> tuple[Any, Any, Any]:
+    """(of the sources, of the weight, of the bias) for a layer whose operands were kept by `save` and whose geometry
+    and epilogue are in `ctx.geometry`."""
     sources, masks, (count, weight, bias, scale, output) = _saved(ctx)
-    _, _, _, need_weight, need_bias, need_scale = ctx.needs_input_grad[:6]
     need_sources = any(s.requires_grad for s in sources)
     if need_scale:
         raise RuntimeError("partial_conv2d: scale must not require a gradient here; multiply the weight by it instead")
     grad_sources: Any
-    if _wants_graph():
-        with torch.enable_grad():
-            inputs = _aliases([*sources, weight, bias])
+    if wants_graph() or not has_kernels(weight):
+
+        def forward(*inputs: Any) -> Tensor:
             *x, w, b = inputs
-            y = reference.partial_conv2d(x, masks, count, w, b, scale, *ctx.geometry[:-1])
-            *grad_sources, grad_weight, grad_bias = _reference_gradients(y, inputs, grad)
+            return reference.partial_conv2d(x, masks, count, w, b, scale, *ctx.geometry[:-1])
+
+        *grad_sources, grad_weight, grad_bias = by_reference(forward, [*sources, weight, bias], grad)
     else:
         grad_sources, grad_weight, grad_bias = ops.partial_conv2d_backward(
             grad,
             grad if output is None else output,
             sources,
-            masks,
+            [_plane(m) for m in masks],
             count,
             weight,
             scale,
@@ -143,13 +155,13 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_bias = grad_bias.to(bias.dtype)
     return (
         grad_sources if need_sources else [None] * len(sources),
-        [None] * len(masks),
-        None,
         grad_weight if need_weight else None,
         grad_bias if need_bias else None,
-        *[None] * (len(ctx.geometry) + 1),
-        [],
     )
+
+
+def _plane(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.uint8 else (mask != 0).to(torch.uint8)
 
 
 def _bn_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -157,7 +169,7 @@ def _bn_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Ten
     _, conv, mean, var = output
     ctx.mark_non_differentiable(conv, mean, var)
     ctx.set_materialize_grads(False)
-    _save(ctx, sources, masks, count, weight, norm_weight, norm_bias, conv, mean, var)
+    save(ctx, sources, masks, count, weight, norm_weight, norm_bias, conv, mean, var)
     ctx.rest = rest
 
 
@@ -169,12 +181,15 @@ def _bn_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return none
     grad_sources: Any
-    if _wants_graph():
-        with torch.enable_grad():
-            inputs = _aliases([*sources, weight, norm_weight, norm_bias])
+    if wants_graph():
+
+        def forward(*inputs: Any) -> Tensor:
             *x, w, gain, shift = inputs
-            y = reference.partial_conv2d_bn(x, masks, count, w, gain, shift, *ctx.rest[:-1])[0]
-            *grad_sources, grad_weight, grad_gain, grad_shift = _reference_gradients(y, inputs, grad)
+            return reference.partial_conv2d_bn(x, masks, count, w, gain, shift, *ctx.rest[:-1])[0]
+
+        *grad_sources, grad_weight, grad_gain, grad_shift = by_reference(
+            forward, [*sources, weight, norm_weight, norm_bias], grad
+        )
     else:
         grad_sources, grad_weight, grad_gain, grad_shift = ops.partial_conv2d_bn_backward(
             grad,
@@ -208,6 +223,7 @@ define(
     "int[] dilation) -> (Tensor, Tensor)",
     _window_fake,
 )
+define("partial_window_chain(Tensor[] masks, int[] steps) -> (Tensor[], Tensor[])", _window_chain_fake)
 define(
     "partial_conv2d(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor? bias, Tensor? scale, "
     f"{_GEOMETRY}, {_EPILOGUE}, Tensor[] packed) -> Tensor",

@@ -15,6 +15,22 @@ class Window(NamedTuple):
     full: int  # values of a window where all are valid: channels * kh * kw
 
 
+class WindowStep(NamedTuple):
+    """One partial convolution in a chain of them, for its masks alone; see `partial_window_chain`."""
+
+    inputs: list[int]  # for each source, the mask it comes with: a given one, or (after them) that of an earlier step
+    channels: list[int]
+    upsample: list[int]
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+
+    def flat(self) -> list[int]:
+        sources = [value for source in zip(self.inputs, self.channels, self.upsample, strict=True) for value in source]
+        return [len(self.inputs), *sources, *self.kernel, *self.stride, *self.padding, *self.dilation]
+
+
 class BatchNorm(NamedTuple):
     """Batch normalisation between a partial convolution and its activation, as `torch.nn.functional.batch_norm`."""
 
@@ -35,6 +51,7 @@ class Geometry(NamedTuple):
     padding: list[int]
     dilation: list[int]
     groups: int
+    zeroed: list[int]  # for each source, 1 if it is promised to hold 0 in its holes already
 
 
 class Epilogue(NamedTuple):
