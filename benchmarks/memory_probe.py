@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of one rival's training step, in a process of its own: `python memory_probe.py FORM SIDE BATCH`.
 
+For "region ours" and "region dense", forward and backward of one region-wise layer, BATCH is the upsampling.
+
 CPU tensors pass through no allocator that counts them, and counting tensors would miss what oneDNN takes for
 itself. So this reads the kernel's high-water mark of resident memory. To make that mark follow the live tensors,
 glibc is told to map every block above 64 KiB by itself and to give it back when it is freed. "peak" is the mark
@@ -43,9 +45,12 @@ def figures(form: str, side: int, batch: int) -> dict[str, float]:
 def main(form: str, side: int, batch: int, layout: str = "channels_last") -> dict[str, float]:
     import torch
     from harness import ON_GPU, THREADS
+    from region_rivals import RegionStep
     from rivals import TrainingStep, fresh_network, on_device
 
-    def step_of(side: int, **size: int) -> TrainingStep:
+    def step_of(side: int, **size: int) -> TrainingStep | RegionStep:
+        if form.startswith("region"):
+            return RegionStep(form, side, upsample=batch)
         dtype = torch.bfloat16 if ON_GPU else torch.float32
         return TrainingStep(on_device(fresh_network(form, layout, **size), dtype), side, batch, layout, dtype)
 
@@ -59,7 +64,7 @@ def main(form: str, side: int, batch: int, layout: str = "channels_last") -> dic
     before = held()
     step = step_of(side)
     step()
-    step.optimizer.zero_grad()
+    step.forget()
     gc.collect()
     between = held()
     if ON_GPU:

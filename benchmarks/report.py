@@ -110,6 +110,25 @@ CPU_BARS = [
         quotient("unet256 memory", "ours step", "full-channel step")),
 ]
 
+REGION_BARS = [
+    Bar("region norm forward+backward: published RN-B / ours", ">=", 6.0,
+        mean_ratio(["region_norm"], "training", "published", "ours")),
+    Bar("region norm forward+backward: ours / batch norm", "<=", 1.3,
+        mean_ratio(["region_norm"], "training", "ours", "batch norm")),
+    Bar("learned region norm forward+backward: published RN-L / ours", ">=", 4.0,
+        mean_ratio(["learned_region_norm"], "training", "published", "ours")),
+    *(Bar(f"region conv, input form with upsampling, {hole} hole: ours / dense", "<=", 0.32,
+          mean_ratio([f"region_conv input up2 {hole}"], "forward", "ours", "dense")) for hole in ("square", "brush")),
+    *(Bar(f"region conv, input form, {hole} hole: ours / dense", "<=", bound,
+          mean_ratio([f"region_conv input up1 {hole}"], "forward", "ours", "dense"))
+      for hole, bound in (("square", 0.75), ("brush", 0.88))),
+    *(Bar(f"region conv, output form, {hole} hole: ours / both filters", "<=", bound,
+          mean_ratio([f"region_conv output {hole}"], "forward", "ours", "both filters"))
+      for hole, bound in (("square", 0.65), ("brush", 0.80))),
+    *(Bar(f"region conv forward+backward, upsample {up}, peak memory: ours / dense", "<=", 0.5,
+          quotient("region_conv memory", f"up{up} region ours peak", f"up{up} region dense peak")) for up in (1, 2)),
+]
+
 ENC16, DEC16 = ([f"{name}{i} b16" for i in (2, 3, 4, 5)] for name in ("enc", "dec"))
 ALL_ENC, ALL_DEC = [f"{name} b16" for name in ENCODER], [f"{name} b16" for name in DECODER]
 DEEP = [f"{name}{i} b1" for name in ("enc", "dec") for i in (6, 7, 8)]
@@ -167,7 +186,7 @@ GPU_BARS = [
 # fmt: on
 
 # A smoke run takes the rows of both.
-BARS = [*([] if ON_GPU else CPU_BARS), *(GPU_BARS if ON_GPU or SMOKE else [])]
+BARS = [*([] if ON_GPU else CPU_BARS + REGION_BARS), *(GPU_BARS if ON_GPU or SMOKE else [])]
 
 
 def _git(*arguments: str) -> str:
@@ -258,7 +277,7 @@ def header(facts: dict[str, Any]) -> list[str]:
     if "gpu" in facts:
         versions = ", ".join(f"{name} {facts[name]}" for name in ("driver", "cuda", "cudnn", "triton"))
         lines.append(f"{facts['gpu']}, {facts['gpu_memory_mib']} MiB, {versions}")
-    if DEVICE.type not in usable:
+    if not {DEVICE.type, "triton" if ON_GPU else DEVICE.type} & set(usable):
         lines.append("NO COMPILED KERNELS: ours ran on the reference path, and no figure below is about them")
     if SMOKE:
         lines.append("SMOKE RUN: tiny shapes, two rounds; the times mean nothing")

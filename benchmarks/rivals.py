@@ -288,6 +288,10 @@ class TrainingStep:
         self.loss().backward()
         self.optimizer.step()
 
+    def forget(self) -> None:
+        """What does not stay between steps."""
+        self.optimizer.zero_grad()
+
     def outputs(self) -> Outputs:
         """Loss, gradients and batch statistics of a first step; the parameters stay as they were."""
         self.optimizer.zero_grad()

@@ -7,11 +7,22 @@ from typing import Any
 from . import nn as nn
 from . import ops
 from ._backends import NoBackendError, use_backend
-from .nn import PartialConv2d, PartialUpConv2d, prepack
+from .nn import LearnedRegionNorm2d, PartialConv2d, PartialUpConv2d, RegionConv2d, RegionNorm2d, prepack
 
 __version__ = "0.1.0"
 # Without `nn`, which a star import would put in the place of torch's.
-__all__ = ["NoBackendError", "PartialConv2d", "PartialUpConv2d", "models", "ops", "prepack", "use_backend"]
+__all__ = [
+    "LearnedRegionNorm2d",
+    "NoBackendError",
+    "PartialConv2d",
+    "PartialUpConv2d",
+    "RegionConv2d",
+    "RegionNorm2d",
+    "models",
+    "ops",
+    "prepack",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

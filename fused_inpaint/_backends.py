@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -17,7 +18,20 @@ _selected = os.environ.get("FUSED_INPAINT_BACKEND") or "auto"
 # Read once: the loader is opaque to torch.compile, a string is not.
 _native_error = _extension.native_error() or ""
 _emulated = _extension.emulated()
-_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _without_triton() -> str:
+    # Found, not imported: importing it looks for a GPU driver.
+    if not importlib.util.find_spec("triton"):
+        return "Triton is not installed (fused-inpaint[triton])"
+    if not (
+        _interpreted or any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang", "cc") if name)
+    ):
+        return "Triton needs a C compiler, and none is on PATH"
+    return ""
+
+
 # Where each backend's tensors live. Tests run the GPU's kernels on the CPU.
 DEVICE = {
     "reference": "cpu",
@@ -29,8 +43,7 @@ _MISSING = {
     "reference": "",
     "cpu": _native_error or ("the library in place of the extension emulates the GPU's kernels" if _emulated else ""),
     "cuda": _native_error or _extension.without_cuda(),
-    # Found, not imported: importing it looks for a GPU driver.
-    "triton": "" if importlib.util.find_spec("triton") else "Triton is not installed (fused-inpaint[triton])",
+    "triton": _without_triton(),
 }
 
 NEVER_RUN = {

@@ -208,3 +208,89 @@ class PConvUNet(nn.Module):
             mask = mask.expand(-1, x.shape[1], -1, -1)
             skip_mask = skip_mask.expand(-1, skip.shape[1], -1, -1)
         return torch.cat([F.interpolate(mask, scale_factor=2, mode="nearest"), skip_mask], dim=1)
+
+
+class _TwoPassNorm(nn.Module):
+    """One region's normalization as the published code does it: holes filled with the region's mean, then batch norm
+    over everything, then the factor that takes the filled values out of the deviation again."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False, track_running_stats=False)
+
+    def forward(self, region: Tensor, mask: Tensor) -> Tensor:  # (N, C, H, W) with 0 outside, (N, 1, H, W)
+        total = region.sum((0, 2, 3))
+        count = mask.sum((0, 2, 3))
+        count = torch.where(count == 0, 1.0, count)
+        mean = (total / count).view(1, -1, 1, 1)
+        return self.norm(region + (1 - mask) * mean) * torch.sqrt(count / mask.numel()).view(1, -1, 1, 1)
+
+
+class TwoPassRegionNorm2d(nn.Module):
+    """Region normalization with a given mask (RN-B) as published; `weight` and `bias` as in `RegionNorm2d` with
+    shared_bias=True."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _TwoPassNorm(channels)
+        self.weight = nn.Parameter(torch.ones(2, channels))
+        self.bias = nn.Parameter(torch.zeros(2, channels))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mask = F.interpolate(mask, x.shape[2:], mode="nearest")
+        normed = self.norm(x * mask, mask) + self.norm(x * (1 - mask), 1 - mask)
+        hole, valid = (w.view(1, -1, 1, 1) for w in self.weight)
+        first = (normed * mask) * valid + self.bias[1].view(1, -1, 1, 1)
+        return first + (normed * (1 - mask)) * hole + self.bias[0].view(1, -1, 1, 1)
+
+
+class TwoPassLearnedRegionNorm2d(nn.Module):
+    """Region normalization over a region that it finds itself (RN-L) as published; state-dict names as in
+    `LearnedRegionNorm2d`."""
+
+    def __init__(self, channels: int, threshold: float = 0.8) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.norm = _TwoPassNorm(channels)
+        self.map_conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.gamma_conv = nn.Conv2d(1, 1, 7, padding=3)
+        self.beta_conv = nn.Conv2d(1, 1, 7, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True).values], 1)
+        belongs = torch.sigmoid(self.map_conv(pooled))
+        gamma, beta = self.gamma_conv(belongs), self.beta_conv(belongs)
+        mask = (belongs.detach() >= self.threshold).to(x.dtype)
+        normed = self.norm(x * mask, mask) + self.norm(x * (1 - mask), 1 - mask)
+        return normed * (1 + gamma) + beta
+
+
+class DenseRegionConv2d(nn.Module):
+    """Region-wise convolution as published (selection at the input): mask both maps, concatenate, upsample, pad,
+    convolve, ELU. `weight` and `bias` as in `RegionConv2d` with select="input"."""
+
+    def __init__(self, existing: int, missing: int, outputs: int, upsample: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(existing + missing, outputs, 3)
+        self.upsample = upsample
+
+    def forward(self, existing: Tensor, mask: Tensor, missing: Tensor) -> Tensor:
+        x = torch.cat([existing * mask, missing * (1 - mask)], 1)
+        if self.upsample > 1:
+            x = F.interpolate(x, scale_factor=self.upsample, mode="nearest")
+        return F.elu(self.conv(F.pad(x, (1, 1, 1, 1), "reflect")))
+
+
+class TwoFilterConv2d(nn.Module):
+    """Region-wise convolution by the paper's equation (selection at the output): both filters everywhere, then one is
+    selected. `weight` and `bias` as in `RegionConv2d`."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2 * outputs, channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(2, outputs))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        filters = zip(self.weight.chunk(2), self.bias, strict=True)
+        hole, valid = (F.conv2d(x, w, b, padding=1) for w, b in filters)
+        return torch.where(mask != 0, valid, hole)

@@ -48,7 +48,7 @@ class _Block(nn.Module):
         norm = self.norm
         if norm is None:
             return None
-        if isinstance(norm, nn.SyncBatchNorm):
+        if norm.training and isinstance(norm, nn.SyncBatchNorm):
             raise ValueError(
                 "pconv: batch norm must be of one process, got SyncBatchNorm; its statistics are in the kernel"
             )

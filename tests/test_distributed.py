@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data-parallel training of a network of partial convolutions equals one process on the joined batch."""
+"""Several processes equal one on the joined batch: data-parallel training, and synchronised region normalization."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -11,11 +11,11 @@ from cases import assert_close
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_inpaint import _backends
+from fused_inpaint import _backends, ops, use_backend
 from fused_inpaint.models import build_model
 
 STEPS, EACH = 2, 2
-NCCL = torch.cuda.is_available() and dist.is_nccl_available() and not _backends.status()["cuda"]
+NCCL = torch.cuda.device_count() > 1 and dist.is_nccl_available() and not _backends.status()["cuda"]
 
 
 def network(device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -67,22 +67,73 @@ def worker(rank: int, world: int, backend: str, folder: str) -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 @pytest.mark.parametrize(
     "backend",
-    ["gloo", pytest.param("nccl", marks=pytest.mark.skipif(not NCCL, reason="no GPU, kernels for it, or NCCL"))],
+    [
+        "gloo",
+        pytest.param(
+            "nccl", marks=pytest.mark.skipif(not NCCL, reason="fewer than two GPUs, or no kernels for them, or no NCCL")
+        ),
+    ],
 )
 def test_equals_one_process(backend: str, tmp_path: Path) -> None:
-    world = 2 if backend == "gloo" else min(2, torch.cuda.device_count())
+    world = 2
     torch.multiprocessing.spawn(worker, (world, backend, str(tmp_path)), nprocs=world)
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
     device, dtype = (torch.device("cpu"), torch.float64) if backend == "gloo" else (torch.device("cuda"), torch.float32)
     net = network(device, dtype)
     start = {name: t.detach().clone() for name, t in net.named_parameters()}
-    former = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = False
     train(net, slice(None), world * EACH)
-    torch.backends.cudnn.allow_tf32 = former
     for name, expected in net.state_dict().items():
         for state in states:
             assert torch.equal(state[name], states[0][name]), f"{name} differs between the processes"
         assert_close(states[0][name], expected, 1e-10 if dtype == torch.float64 else 1e-4, what=name)
     assert all(not torch.equal(p, start[name]) for name, p in net.named_parameters())
+
+
+def region_sample() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(x, mask, weight, bias, gradient of y) of four pictures; the first one is all hole."""
+    g = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(4, 6, 9, 7, generator=g, dtype=torch.float64) for _ in range(2))
+    mask = (torch.rand(4, 1, 9, 7, generator=g) > 0.4).to(torch.uint8)
+    mask[0] = 0
+    weight, bias = (torch.randn(2, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    return 3 + 2 * x, mask, weight, bias, grad
+
+
+def normalise(share: slice, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    x, mask, weight, bias, grad = region_sample()
+    x, weight, bias = (t.requires_grad_() for t in (x[share].clone(), weight, bias))
+    y = ops.region_norm(x, mask[share], weight, bias, activation="leaky_relu", process_group=group)
+    y.backward(grad[share])
+    return {"y": y.detach(), "x": x.grad, "weight": weight.grad, "bias": bias.grad}
+
+
+SHARES = (slice(0, 1), slice(1, 4))
+
+
+def norm_worker(rank: int, world: int, backend: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(minutes=2))
+    try:
+        with use_backend(backend):
+            torch.save(normalise(SHARES[rank], dist.group.WORLD), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_region_norm_joins_its_statistics(backend: str, tmp_path: Path) -> None:
+    """Over shares of different sizes, one of them without a pixel of one region."""
+    if reason := _backends.status()[backend]:
+        pytest.skip(reason)
+    torch.multiprocessing.spawn(norm_worker, (len(SHARES), backend, str(tmp_path)), nprocs=len(SHARES))
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(SHARES))]
+    with use_backend("reference"):
+        expected, apart = normalise(slice(None), None), normalise(SHARES[1], None)
+    for name in ("y", "x"):
+        assert_close(torch.cat([f[name] for f in found]), expected[name], 1e-10, what=name)
+    for name in ("weight", "bias"):
+        assert_close(sum(f[name] for f in found), expected[name], 1e-10, what=name)
+    assert (apart["y"] - expected["y"][SHARES[1]]).abs().max() > 0.1, "the shares' own statistics must be others"

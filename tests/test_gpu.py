@@ -49,15 +49,6 @@ def selected(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(autouse=True)
-def _float32_is_float32() -> Iterator[None]:
-    # allow_tf32 cannot be read once the newer switch has been set; the newer one always can.
-    former = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = former
-
-
 def network(dtype: torch.dtype = torch.float32, device: str = "") -> nn.Module:
     torch.manual_seed(0)
     return build_model("pconv", levels=4, width=16).net.to(device or DEVICE, dtype)
@@ -110,7 +101,7 @@ def refill(static: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
 SMALL = [
     "plain", "channel_masks", "kernel7_stride2", "overpadded", "groups", "depthwise", "wide", "all_hole", "no_mask",
     "frozen", "train_wide", "two_sources_train", "up_folded", "up_direct", "up_channel_masks_folded", "up_alone_direct",
-    "up_train_folded", "up_kernel5_train_folded", "up_eval_direct", "one_pixel_map",
+    "up_train_folded", "up_kernel5_train_folded", "up_eval_direct", "one_pixel_map", "up_both_folded",
 ]  # fmt: skip
 
 
@@ -286,7 +277,7 @@ def kernels(run: Callable[[], object]) -> list[str]:
 
 @gpu
 def test_launches(record_property: Callable[[str, object], None]) -> None:
-    """Of a forward of the full depth; nothing is copied to the host."""
+    """Of a forward of the full depth."""
     size = {"levels": 8, "width": 8}
     x, mask = torch.randn(1, 3, 256, 256, device=DEVICE), torch.ones(1, 1, 256, 256, device=DEVICE)
     mask[..., 64:128, 64:160] = 0

@@ -93,6 +93,11 @@ def test_opcheck_masks(backend: str, device: torch.device, name: str, dtype: tor
         torch.library.opcheck(op.mask_plane, (mask.to(dtype), "partial_window"))
     c = s.case
     up, stride, padding, dilation = geometry(c)[:4]
+    steps = [len(planes)]
+    for i, (channels, factor) in enumerate(zip(c.channels, up, strict=True)):
+        steps += [i, channels, factor]
+    steps += [*c.kernel, *stride, *padding, *dilation, 1, len(planes), 3, 1, 1, 1, 1, 1, 0, 0, 1, 1]
+    torch.library.opcheck(op.partial_window_chain, (planes, steps))
     torch.library.opcheck(op.partial_window, (planes, list(c.channels), up, list(c.kernel), stride, padding, dilation))
 
 
@@ -271,3 +276,14 @@ def test_opcheck_direct(name: str, grad: bool) -> None:
     assert s.masks is not None
     epilogue = (*geometry(s.case)[:5], s.case.activation, 0.2)
     torch.library.opcheck(op.partial_conv2d_direct, (s.x, s.masks, s.weight, s.bias, None, *epilogue))
+
+
+@pytest.mark.skipif(bool(_backends.status()["triton"]), reason=_backends.status()["triton"] or "usable")
+@pytest.mark.parametrize("given", [False, True], ids=["summed", "given"])
+@pytest.mark.parametrize("name", ["relu", "up_folded", "channel_masks"])
+def test_opcheck_triton(name: str, given: bool) -> None:
+    s = sample(named(name), device=torch.device(_backends.DEVICE["triton"]), nan=False)
+    assert s.masks is not None
+    count = window_of(s).counts if given else None
+    epilogue = (*geometry(s.case)[:5], s.case.activation, 0.2, 0)
+    torch.library.opcheck(op.partial_conv2d_triton, (s.x, s.masks, count, s.weight, s.bias, None, *epilogue))

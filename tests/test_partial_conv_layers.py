@@ -298,6 +298,11 @@ STEP = ops.WindowStep([0], [1], [1], [3, 3], [1, 1], [0, 0], [1, 1])
         ([STEP, STEP._replace(inputs=[-1])], r"inputs of step 1 must be masks known by then, 0 to 1, got \[-1\]"),
         ([STEP, STEP._replace(inputs=[])], r"inputs of step 1 must be masks known by then, 0 to 1, got \[\]"),
         ([STEP._replace(inputs=[0, 0], channels=[1, 1], upsample=[1, 2])], r"masks of step 0 must be of one size"),
+        ([STEP._replace(channels=[])], r"channels and upsample of step 0 must be 1 numbers each"),
+        ([STEP._replace(channels=[0])], r"mask of step 0 must be of 1 or 0 channels, got 1"),
+        ([STEP._replace(upsample=[3])], r"channels and upsample of step 0 must be 1 numbers each, upsample 1 or 2"),
+        ([STEP._replace(stride=[0, 1])], r"stride of step 0 must be an int or two of at least 1, got \[0, 1\]"),
+        ([STEP._replace(kernel=[3])], r"kernel of step 0 must be an int or two of at least 1, got \[3\]"),
         ([STEP, STEP._replace(inputs=[1])], r"mask of step 1 must be at least as large as the kernel \(3, 3\)"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from fused_inpaint import NoBackendError, _backends, use_backend
 from fused_inpaint.ops.partial_conv import routes
 
-FAT = routes.Call("cuda", torch.bfloat16, 1, 256, 256, [3, 3], [1, 1], [1, 1], 1, 65536, False)
+FAT = routes.Call("cuda", torch.bfloat16, 1, 256, 256, [3, 3], [1, 1], [1, 1], 1, 65536, False, False)
 THIN = FAT._replace(channels=3, outputs=64, kernel=[7, 7], stride=[2, 2])
 DEEP = FAT._replace(channels=512, outputs=512, rows=64)
 
@@ -53,11 +53,18 @@ def test_without_the_library_triton_serves(monkeypatch: pytest.MonkeyPatch) -> N
         assert routes.choose("partial_conv2d", FAT._replace(dtype=torch.float64)) == "reference"
 
 
-@pytest.mark.parametrize("call", [FAT, THIN, DEEP])
-def test_forced(call: routes.Call) -> None:
-    for backend, kernels in (("cuda", ("direct", "vendor")), ("triton", ("triton",)), ("reference", ("reference",))):
+@pytest.mark.parametrize("call, cuda", [(FAT, "vendor"), (THIN, "direct"), (DEEP, "vendor")])
+def test_forced(call: routes.Call, cuda: str) -> None:
+    for backend, kernel in (("cuda", cuda), ("triton", "triton"), ("reference", "reference")):
         with use_backend(backend):
-            assert routes.choose("partial_conv2d", call) in kernels
+            assert routes.choose("partial_conv2d", call) == kernel
+
+
+def test_compiled_graphs_do_not_depend_on_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with use_backend("auto"):
+        assert routes.choose("partial_conv2d", DEEP) == "vendor"
+        assert routes.choose("partial_conv2d", THIN) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,14 @@ def test_a_forced_backend_refuses_in_words(changes: dict, reason: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"channels": 5, "outputs": 5}, {"groups": 3}, {"kernel": [9, 9]}, {"dilation": [4, 4]}, {"stride": [1, 3]}],
+    [
+        {"channels": 5, "outputs": 5},
+        {"groups": 3},
+        {"kernel": [9, 9]},
+        {"dilation": [4, 4]},
+        {"stride": [1, 3]},
+        {"folded": True},
+    ],
 )
 def test_the_direct_kernel_is_for_thin_layers_with_small_windows(changes: dict) -> None:
     assert routes.refusal("direct", THIN) == ""

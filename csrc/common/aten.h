@@ -77,7 +77,7 @@ inline Tensor aten_convolution(const Tensor& x, const Tensor& weight, const Conv
   const std::optional<Tensor> no_bias;
   std::array<StableIValue, 9> stack{from(x),          from(weight), from(no_bias),    from(g.stride), from(g.padding),
                                     from(g.dilation), from(false),  from(Ints{0, 0}), from(g.groups)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return channels_last(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
@@ -105,8 +105,7 @@ inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> aten_convolution
                                      from(Ints{0, 0}),
                                      from(g.groups),
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   // The handles of outputs that were not computed wrap undefined tensors: take ownership, then drop them.
   Tensor grad_x = torch::stable::detail::to<Tensor>(stack[0]);
   Tensor grad_weight = torch::stable::detail::to<Tensor>(stack[1]);

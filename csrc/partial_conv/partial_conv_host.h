@@ -28,12 +28,13 @@ void check(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks,
                         x.size(3) * upsample[i] == sources[0].size(3) * upsample[0],
                     "partial_conv2d: sources must be of one size after upsampling");
     STD_TORCH_CHECK(m.dim() == 4 && m.scalar_type() == ScalarType::Byte && m.is_contiguous() &&
-                        m.size(2) == x.size(2) && m.size(3) == x.size(3) &&
+                        m.device() == weight.device() && m.size(2) == x.size(2) && m.size(3) == x.size(3) &&
                         (m.size(0) == 1 || m.size(0) == x.size(0)) && (m.size(1) == 1 || m.size(1) == x.size(1)),
                     "partial_conv2d: a mask must be contiguous uint8 of its source's size");
   }
   STD_TORCH_CHECK(count.dim() == 4 && count.scalar_type() == ScalarType::Int && count.is_contiguous() &&
-                      count.size(1) == 1 && (count.size(0) == 1 || count.size(0) == sources[0].size(0)),
+                      count.device() == weight.device() && count.size(1) == 1 &&
+                      (count.size(0) == 1 || count.size(0) == sources[0].size(0)),
                   "partial_conv2d: count must be contiguous int32 (N or 1, 1, H', W')");
   int64_t channels = 0;
   for (const Tensor& x : sources) channels += x.size(1);
@@ -125,8 +126,7 @@ Tensor packed_convolution(const Tensor& x, const Tensor& weight, const ConvGeome
                                      from(std::string("none")),
                                      from(std::vector<std::optional<double>>{}),
                                      from(no_algorithm)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("mkldnn::_convolution_pointwise", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_convolution_pointwise", "", stack.data(), TORCH_ABI_VERSION));
   return channels_last(torch::stable::detail::to<Tensor>(stack[0]));
 }
 

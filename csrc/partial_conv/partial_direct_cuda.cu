@@ -17,7 +17,7 @@ constexpr int kRows = 8, kColumns = 16, kPixels = 4, kStep = kRows / kPixels, kL
 constexpr int kQuad = 4;
 constexpr int kMostSources = 2, kMostTaps = 7, kMostSpan = 16;
 constexpr int64_t kSharedBytes = 48 << 10, kMostBlocks = 2048;
-constexpr int kResident = 5;  // blocks on a multiprocessor, which its shared memory has room for
+constexpr int kResident = 5;  // blocks of a thin layer on a multiprocessor; fewer where a tile takes more shared memory
 
 using Quad = Pack<float, kQuad>;
 

@@ -9,6 +9,8 @@
 namespace fused_inpaint::cuda {
 namespace {
 
+constexpr int kMostSources = 8;  // of a step: its descriptor is passed by value
+
 template <typename T>
 __global__ void pack_kernel(const T* mask, uint8_t* plane, unsigned n) {
   for (unsigned i = global_thread(); i < n; i += all_threads()) plane[i] = load(mask[i]) != 0;
@@ -83,6 +85,8 @@ Step describe(WindowStep& step) {
   auto pair = [](int (&to)[2], const Ints& from) {
     to[0] = static_cast<int>(from[0]), to[1] = static_cast<int>(from[1]);
   };
+  STD_TORCH_CHECK(step.masks.size() <= kMostSources, "partial_window: masks must be at most ", kMostSources, ", got ",
+                  step.masks.size());
   Step g{};
   for (const Tensor& m : step.masks) {
     const int i = g.sources++;

@@ -9,7 +9,6 @@
 namespace fused_inpaint::FUSED_INPAINT_DEVICE {
 namespace {
 
-constexpr int kMostSources = 8;                    // of a step: the GPU's descriptor of one has room for so many
 constexpr int64_t kIndexLimit = int64_t{1} << 31;  // the GPU's index arithmetic is 32-bit
 
 // A partial convolution for its masks alone.
@@ -23,13 +22,13 @@ struct WindowStep {
 void sum_windows(std::vector<WindowStep>& steps);
 
 void check_masks(const char* op, const std::vector<Tensor>& masks, const Ints& channels, const Ints& upsample) {
-  STD_TORCH_CHECK(!masks.empty() && masks.size() == channels.size() && masks.size() == upsample.size() &&
-                      masks.size() <= kMostSources,
-                  op, ": masks, channels and upsample must be of one length, 1 to ", kMostSources);
+  STD_TORCH_CHECK(!masks.empty() && masks.size() == channels.size() && masks.size() == upsample.size(), op,
+                  ": masks, channels and upsample must be of one length, at least 1");
   for (size_t i = 0; i < masks.size(); ++i) {
     const Tensor& m = masks[i];
-    STD_TORCH_CHECK(m.dim() == 4 && m.scalar_type() == ScalarType::Byte && m.is_contiguous() && m.numel() < kIndexLimit,
-                    op, ": masks must be contiguous uint8 (N, C, H, W) of fewer than 2^31 elements");
+    STD_TORCH_CHECK(m.dim() == 4 && m.scalar_type() == ScalarType::Byte && m.is_contiguous() &&
+                        m.numel() < kIndexLimit && m.device() == masks[0].device(),
+                    op, ": masks must be contiguous uint8 (N, C, H, W) of fewer than 2^31 elements on one device");
     STD_TORCH_CHECK((upsample[i] == 1 || upsample[i] == 2) && (m.size(0) == 1 || m.size(0) == batch_of(masks)) &&
                         m.size(2) * upsample[i] == masks[0].size(2) * upsample[0] &&
                         m.size(3) * upsample[i] == masks[0].size(3) * upsample[0],
@@ -92,8 +91,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> partial_window_chain(std::v
   auto next_pair = [&] { return Ints{next(), next()}; };
   while (at < steps.size()) {
     const int64_t sources = next();
-    STD_TORCH_CHECK(sources >= 1 && sources <= kMostSources, op, ": a step must have 1 to ", kMostSources,
-                    " sources, got ", sources);
+    STD_TORCH_CHECK(sources >= 1, op, ": a step must have at least 1 source, got ", sources);
     std::vector<Tensor> inputs;
     Ints channels, upsample;
     for (int64_t i = 0; i < sources; ++i) {

@@ -2,5 +2,7 @@
 """The operators as layers."""
 
 from .partial_conv import PartialConv2d, PartialUpConv2d, prepack
+from .region_conv import RegionConv2d
+from .region_norm import LearnedRegionNorm2d, RegionNorm2d
 
-__all__ = ["PartialConv2d", "PartialUpConv2d", "prepack"]
+__all__ = ["LearnedRegionNorm2d", "PartialConv2d", "PartialUpConv2d", "RegionConv2d", "RegionNorm2d", "prepack"]

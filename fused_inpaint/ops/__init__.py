@@ -10,13 +10,18 @@ from .partial_conv import (
     partial_window,
     partial_window_chain,
 )
+from .region_conv import region_conv2d
+from .region_norm import channel_pool, region_norm
 
 __all__ = [
     "BatchNorm",
     "Window",
     "WindowStep",
+    "channel_pool",
     "partial_conv2d",
     "partial_upconv2d",
     "partial_window",
     "partial_window_chain",
+    "region_conv2d",
+    "region_norm",
 ]

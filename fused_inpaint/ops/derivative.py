@@ -16,7 +16,8 @@ def wants_graph() -> bool:
 
 
 def has_kernels(t: Tensor) -> bool:
-    """Whether the compiled library serves a tensor. Triton works without the library, and there float16 on a CPU."""
+    """Whether the compiled library has kernels for a tensor: it may be missing while Triton has a forward, and on a
+    CPU it has none for float16."""
     device = t.device.type
     return _backends.native(device) and (t.dtype != torch.float16 or device == _backends.DEVICE["cuda"])
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..checks import Pair, check_mask_type, error, pair
-from .checks import check_call, check_chain, check_output_size, check_window
+from .checks import check_call, check_chain, check_one_device, check_output_size, check_window
 from .dispatch import count, count_chain, plane_of, run
 from .packing import PackedWeight
 from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
@@ -55,7 +55,7 @@ def partial_conv2d(
         activation: "none", "relu" or "leaky_relu" with `slope`; the output stays 0 where the new mask is 0.
         batch_norm: normalisation before the activation; statistics include the holes (as 0). Replaces the bias.
         window: the result of `partial_window` for these masks, to save summing them again.
-        fold: do an upsampling inside the kernel (exact, less work) or not; None lets a measured table decide.
+        fold: do an upsampling inside the kernel (exact, less work) or not; None lets a table decide.
         holes_zero: a promise that x already holds 0 in its holes and that whatever wrote the zeros takes no gradient
             there, as the outputs of this function do: x is then not looked at or copied, and its gradient is left as
             it falls in the holes. One for each map of a sequence.
@@ -170,6 +170,7 @@ def partial_window(
         if m.dim() != 4 or m.size(1) not in (1, c):
             raise error(op, "mask", f"(N, 1, H, W) or (N, {c}, H, W)", tuple(m.shape))
         check_mask_type(op, m)
+    check_one_device(op, masks)
     batch = masks[0].size(0)
     for m in masks:
         if m.size(0) != batch and m.size(0) != 1 and batch != 1:
@@ -192,6 +193,12 @@ def partial_window_chain(mask: Tensor | Sequence[Tensor], steps: Sequence[Window
         steps: the partial convolutions in an order in which each one's masks are known; the new mask of step i is
             number i after the given ones.
 
+    Returns:
+        A `Window` for each step.
+
+    Raises:
+        ValueError: a mask or a step of wrong rank, size, dtype or device; a step whose masks are not known by then.
+
     >>> import torch
     >>> from fused_inpaint import ops
     >>> plain = dict(channels=[3], upsample=[1], kernel=[3, 3], stride=[2, 2], padding=[1, 1], dilation=[1, 1])
@@ -205,10 +212,12 @@ def partial_window_chain(mask: Tensor | Sequence[Tensor], steps: Sequence[Window
         if m.dim() != 4:
             raise error(op, "mask", "(N, C, H, W)", tuple(m.shape))
         check_mask_type(op, m)
-        planes.append(plane_of(op, m))
+        planes.append(m)
     if not planes:
         raise error(op, "mask", "a tensor or a sequence of at least one", "none")
-    check_chain(op, [plane.shape[1:] for plane in planes], steps)
+    check_one_device(op, planes)
+    check_chain(op, [tuple(m.shape) for m in planes], steps)
+    planes = [plane_of(op, m) for m in planes]
     return count_chain(op, planes, steps)
 
 

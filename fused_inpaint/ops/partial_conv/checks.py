@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..checks import LIMIT, check_feature_map, check_mask, error
+from ..checks import LIMIT, check_feature_map, check_mask, error, pair
 from .schema import output_size
 from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
@@ -47,20 +47,35 @@ def check_call(
             raise error(op, "upsample", "1 unless the kernel is odd, square, stride 1 and padded by k // 2", upsample)
 
 
-def check_chain(op: str, masks: list[Sequence[int]], steps: Sequence[WindowStep]) -> None:
-    """`masks`: (C, H, W) of the given ones; those of the steps are added as they become known."""
+def check_one_device(op: str, masks: Sequence[Tensor]) -> None:
+    for m in masks:
+        if m.device != masks[0].device:
+            raise error(op, "mask", f"on {masks[0].device} as the first", m.device)
+
+
+def check_chain(op: str, masks: list[tuple[int, ...]], steps: Sequence[WindowStep]) -> None:
+    """`masks`: (N, C, H, W) of the given ones; those of the steps are added as they become known."""
     for i, step in enumerate(steps):
+        at = f"of step {i}"
         if not step.inputs or not all(0 <= j < len(masks) for j in step.inputs):
-            raise error(op, f"inputs of step {i}", f"masks known by then, 0 to {len(masks) - 1}", step.inputs)
+            raise error(op, f"inputs {at}", f"masks known by then, 0 to {len(masks) - 1}", step.inputs)
+        if not len(step.inputs) == len(step.channels) == len(step.upsample) or set(step.upsample) - {1, 2}:
+            expected = f"{len(step.inputs)} numbers each, upsample 1 or 2"
+            raise error(op, f"channels and upsample {at}", expected, f"{step.channels} and {step.upsample}")
+        for name, least in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            pair(op, f"{name} {at}", getattr(step, name), least)
         found = [masks[j] for j in step.inputs]
-        for (planes, _, _), channels in zip(found, step.channels, strict=True):
-            if planes not in (1, channels):
-                raise error(op, f"mask of step {i}", f"of 1 or {channels} channels", planes)
-        sizes = [(h * up, w * up) for (_, h, w), up in zip(found, step.upsample, strict=True)]
+        batch = max(n for n, *_ in found)
+        for (n, planes, _, _), channels in zip(found, step.channels, strict=True):
+            if channels < 1 or planes not in (1, channels):
+                raise error(op, f"mask {at}", f"of 1 or {channels} channels", planes)
+            if n not in (1, batch):
+                raise error(op, f"masks {at}", f"of a batch of 1 or {batch}", n)
+        sizes = [(h * up, w * up) for (_, _, h, w), up in zip(found, step.upsample, strict=True)]
         if any(size != sizes[0] for size in sizes):
-            raise error(op, f"masks of step {i}", "of one size after upsampling", sizes)
+            raise error(op, f"masks {at}", "of one size after upsampling", sizes)
         geometry = (step.stride, step.padding, step.dilation)
-        masks.append((1, *check_output_size(op, f"mask of step {i}", sizes[0], step.kernel, geometry)))
+        masks.append((batch, 1, *check_output_size(op, f"mask {at}", sizes[0], step.kernel, geometry)))
 
 
 def check_output_size(
@@ -85,6 +100,8 @@ def check_window(op: str, window: Window, sources: list[Tensor], weight: Tensor,
     full = sum(s.size(1) for s in sources) * weight.size(2) * weight.size(3)
     if window.full != full:
         raise error(op, "window", f"of {full} values", window.full)
+    if window.counts.device != sources[0].device:
+        raise error(op, "window", f"on {sources[0].device} as x", window.counts.device)
     if window.counts.shape[1:] != (1, *out) or window.counts.size(0) not in (1, sources[0].size(0)):
         raise error(op, "window", f"of {out[0]} x {out[1]} counts", tuple(window.counts.shape))
 

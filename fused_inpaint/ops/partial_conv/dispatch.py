@@ -32,20 +32,21 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The layer's output, in the dtype that x (or autocast) asks for, and its new mask."""
     dtype = _result_dtype(op, sources, weight, bias)
-    call = _describe(sources, weight, dtype, geometry, epilogue)
+    # A trained gain over fixed statistics is a factor of the weight, and a half type would round that product, too.
+    inner = torch.float32 if dtype != torch.float64 and _trains_gain(epilogue.norm) else dtype
+    call = _describe(sources, weight, inner, geometry, epilogue, fold)
     if call.batch_statistics and call.rows == 1:
         raise error(op, "x", "more than one value per channel for batch statistics", 1)
     kernel = routes.choose(op, call)
-    # The others sum the masks themselves, and take them as they are.
-    if window is None and (kernel in ("vendor", "reference") or geometry.groups > 1):
+    # "direct" and "triton" sum the masks in the same launch, in whatever type they come.
+    if window is None and kernel in ("vendor", "reference"):
         window = window_of(op, sources, masks, names, weight.shape[2:], geometry)
     planes = _given(op, sources, masks, names) if window is None else list(window.planes)
 
     oneDNN = kernel == "vendor" and call.device != _backends.DEVICE["cuda"]
-    # It has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once. A trained gain over
-    # fixed statistics is a factor of the weight, and a half type would round that product, too.
-    wide = (oneDNN and dtype == torch.float16) or (dtype != torch.float64 and _trains_gain(epilogue.norm))
-    inner = torch.float32 if wide else dtype
+    if oneDNN and inner == torch.float16:
+        # It has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
+        inner = torch.float32
     if packed is not None and (not oneDNN or inner != packed.weights[0].dtype):
         packed = None
     fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold if packed is None else packed.fold)
@@ -61,15 +62,15 @@ def run(
 class Layer(NamedTuple):
     """The convolution without what follows it."""
 
-    sources: list[Tensor]
-    masks: list[Tensor]  # uint8 where there is a window, else as the user gave them
+    sources: list[Tensor]  # (N, C_i, H_i, W_i)
+    masks: list[Tensor]  # (N or 1, 1 or C_i, H_i, W_i), uint8 where there is a window, else as the user gave them
     window: Window | None
-    weight: Tensor
+    weight: Tensor  # (O, sum C_i / groups, kh, kw)
     geometry: Geometry
 
 
 def _describe(
-    sources: list[Tensor], weight: Tensor, dtype: torch.dtype, geometry: Geometry, epilogue: Epilogue
+    sources: list[Tensor], weight: Tensor, dtype: torch.dtype, geometry: Geometry, epilogue: Epilogue, fold: bool | None
 ) -> routes.Call:
     up, (stride, padding, dilation) = geometry.upsample[0], geometry[1:4]
     outputs, _, *kernel = weight.shape
@@ -86,6 +87,7 @@ def _describe(
         geometry.groups,
         sources[0].size(0) * size[0] * size[1],
         epilogue.norm is not None and epilogue.norm.training,
+        bool(fold) and 2 in geometry.upsample,
     )
 
 
@@ -259,7 +261,7 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..._library import define, implement
 from . import routes
-from .schema import channels_last, gradients, output_size, save
+from .schema import channels_last, gradients, joint_batch, output_size, save
 
 _LAYER = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, str activation, float slope"
 
@@ -24,10 +24,7 @@ def _shapes(sources, masks, weight, upsample, stride, padding, dilation):  # typ
         for d in (0, 1)
     ]
     y = channels_last(sources[0], (sources[0].size(0), weight.size(0), *size))
-    batch: Any = 1
-    for m in masks:
-        batch = m.size(0) if isinstance(batch, int) and batch == 1 else batch
-    count = weight.new_empty((batch, 1, *size), dtype=torch.int32)
+    count = weight.new_empty((joint_batch(masks), 1, *size), dtype=torch.int32)
     return y, count, torch.empty_like(count, dtype=masks[0].dtype)
 
 

@@ -124,8 +124,15 @@ def partial_conv2d_bn(
 
 
 def batch_norm(
-    v: Tensor, count: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, activation: str, slope: float
+    v: Tensor,  # (N, O, H', W') renormalised, 0 in empty windows
+    count: Tensor,  # (N or 1, 1, H', W') int32
+    norm_weight: Tensor,  # (O,)
+    norm_bias: Tensor,  # (O,)
+    eps: float,
+    activation: str,
+    slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(act(norm(v)), 0 in empty windows; mean; biased variance)"""
     if v.numel() == 0:  # no value: nothing to normalise, and the running statistics keep theirs
         mean = var = v.new_zeros(v.size(1))
     else:

@@ -41,6 +41,7 @@ class Call(NamedTuple):
     groups: int
     rows: int  # output pixels, batch included
     batch_statistics: bool
+    folded: bool  # asked for by name
 
     @property
     def products(self) -> int:
@@ -61,6 +62,8 @@ def refusal(kernel: str, call: Call) -> str:
         return "it is for at most 4 input or output channels"
     if call.groups > 1:
         return "it has no groups"
+    if call.folded:
+        return "it does not fold the upsampling into the kernel"
     span = [(k - 1) * d + 1 for k, d in zip(call.kernel, call.dilation, strict=True)]
     if max(call.kernel) > 7 or max(span) > 16 or max(call.stride) > 2:
         return "it takes kernels up to 7 x 7 that span up to 16 pixels, and strides of 1 or 2"
@@ -82,10 +85,13 @@ def _wanted(call: Call) -> list[str]:
     """The table's kernels for a call on the GPU, the best one first."""
     if call.device != _backends.DEVICE["cuda"] or call.batch_statistics:  # statistics are the vendor route's
         return []
+    # A graph compiled or exported for sizes that may change must not depend on them.
+    sizes = set() if torch.compiler.is_compiling() else {"rows", "products"}
     return [
         kernel
         for kernel, dtypes, bounds in _LAYERS
         if call.dtype in dtypes
+        and all(name in ("channels", "outputs") or name in sizes for name in bounds)
         and all(getattr(call, name) <= bound for name, bound in bounds.items())
         and not refusal(kernel, call)
     ]

@@ -25,14 +25,20 @@ def channels_last(like: Tensor, size: Sequence[Any]) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def joint_batch(masks: Sequence[Tensor]) -> Any:
+    """1 if all masks are shared."""
+    batch: Any = 1
+    for m in masks:
+        batch = m.size(0) if isinstance(batch, int) and batch == 1 else batch
+    return batch
+
+
 def _mask_plane_fake(mask: Tensor, name: str) -> Tensor:
     return torch.empty(mask.shape, dtype=torch.uint8, device=mask.device)
 
 
 def _window_fake(masks, channels, upsample, kernel_size, stride, padding, dilation):  # type: ignore[no-untyped-def]
-    batch = 1
-    for m in masks:
-        batch = m.size(0) if isinstance(batch, int) and batch == 1 else batch
+    batch = joint_batch(masks)
     height, width = (
         output_size(masks[0].size(2 + d) * upsample[0], kernel_size[d], stride[d], padding[d], dilation[d])
         for d in (0, 1)

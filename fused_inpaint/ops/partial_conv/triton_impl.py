@@ -277,7 +277,7 @@ def convolve_kernel(  # type: ignore[no-untyped-def]
     bias,  # (O,) or None
     scale,  # (O,) or None
     counts,  # (N or 1, H', W') int32: read, or written if COUNT
-    new_mask,  # (N or 1, H', W'): written if COUNT
+    new_mask,  # (N or 1, H', W'), written if COUNT, else None
     out,  # (N, H', W', O), or (splits, N, H', W', O) float32 if PARTIAL
     rows,  # N * phase_h * phase_w
     phase_h,  # H', or H' / 2 if FOLD
@@ -506,13 +506,6 @@ def folds(
     )
 
 
-def refusal(dtype: torch.dtype, sources: int) -> str:
-    """Why this backend can't run a call; empty if it can."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    return f"it takes one or two sources, not {sources}" if sources > 2 else ""
-
-
 def _fit(tile: Config, block_k: int, size: int, device: torch.device) -> Config:
     """With as many stages as the device has shared memory for; the table's own GPU has more than most."""
     if device.type != "cuda":
@@ -562,21 +555,8 @@ def _nhwc(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _concatenated(
-    sources: Sequence[Tensor], masks: Sequence[Tensor], upsample: Sequence[int]
-) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """The sources as one at full resolution, and a mask plane for each of its channels."""
-
-    def up(t: Tensor, factor: int) -> Tensor:
-        return t.repeat_interleave(factor, 2).repeat_interleave(factor, 3) if factor > 1 else t
-
-    images = max(m.size(0) for m in masks)
-    planes = [up(m, f).expand(images, s.size(1), -1, -1) for s, m, f in zip(sources, masks, upsample, strict=True)]
-    planes = [p.to(masks[0].dtype) for p in planes]
-    return [torch.cat([up(s, f) for s, f in zip(sources, upsample, strict=True)], 1)], [torch.cat(planes, 1)], [1]
-
-
 def _as_bytes(mask: Tensor) -> Tensor:
+    mask = mask.contiguous()
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
@@ -626,10 +606,6 @@ def partial_conv2d(
         count: (N or 1, 1, H', W') int32, given or summed; of one image if all masks are shared.
         new mask: count > 0 in the dtype of masks[0]; empty if the count was given, since who made it has the mask.
     """
-    if reason := refusal(sources[0].dtype, len(sources)):
-        raise ValueError(f"partial_conv2d: the call must be one that the triton backend can run: {reason}")
-    if groups > 1 and len(sources) > 1:  # whose channels may lie in two sources
-        sources, masks, upsample = _concatenated(sources, masks, upsample)
     images, (outputs, _, kernel_h, kernel_w) = sources[0].size(0), weight.shape
     height, width = (
         output_size(sources[0].size(2 + d) * upsample[0], weight.size(2 + d), stride[d], padding[d], dilation[d])
@@ -655,6 +631,7 @@ def partial_conv2d(
 
     fold = fold and 2 in upsample and folds((kernel_h, kernel_w), stride, padding, dilation, groups)
     sources, weight = [_nhwc(s) for s in sources], _nhwc(weight.to(y.dtype))
+    bias, scale = (None if t is None else t.contiguous() for t in (bias, scale))
     channels = [s.size(1) for s in sources]
     weights, taps = [], []
     for index, up in enumerate(upsample):
@@ -686,8 +663,8 @@ def partial_conv2d(
         # A part of the depth is summed and no more.
         bias if split == 1 else None,
         scale if split == 1 else None,
-        count,
-        _as_bytes(new_mask),
+        count.contiguous(),
+        None if given else _as_bytes(new_mask),
         out,
         rows,
         height // step,
@@ -728,10 +705,11 @@ def partial_conv2d(
         total = y.numel()
         arguments = (total, height * width * count.size(0), outputs, split, window, slope)
         grid = (triton.cdiv(total, _BLOCK),)
-        _launch(reduce_kernel, grid, out, bias, scale, count, y, *arguments, ACTIVATION=activation, BLOCK=_BLOCK)
+        options = {"ACTIVATION": activation, "BLOCK": _BLOCK}
+        _launch(reduce_kernel, grid, out, bias, scale, count.contiguous(), y, *arguments, **options)
     return y, count, new_mask
 
 
 def _sizes(source: Tensor, mask: Tensor, walk: _Walk) -> tuple[int, ...]:
     """(channels, height, width, mask_stride, steps, span) of one source."""
-    return *source.shape[1:], 0 if mask.size(0) == 1 else mask.stride(0), walk.steps, walk.span
+    return *source.shape[1:], 0 if mask.size(0) == 1 else mask[0].numel(), walk.steps, walk.span

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers over ops.region_norm: parameters and a call."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import channel_pool, region_norm
+
+
+class RegionNorm2d(nn.Module):
+    """Region normalization with a given mask (RN-B of Yu et al., "Region Normalization for Image Inpainting", 2020).
+
+    `layer(x, mask)`: each region of the mask (1 and 0) is normalised by its own statistics, with its own weight and
+    bias. x (N, C, H, W); mask (N or 1, 1 or C, h, w) uint8, bool or float, brought to x's size by nearest neighbour
+    where it differs; y (N, C, H, W). `weight` and `bias` are (2, C), indexed by the mask's value: 0 hole, 1 valid.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, times total / count of the region, as in the published code.
+        stats: "batch" (published code) or "instance" (the paper's text); running averages are never used.
+        shared_bias: both biases are added everywhere, as in the published code; its gamma is weight - 1.
+        affine: learn weight and bias.
+        activation: "none", "relu" or "leaky_relu" with `slope`, in the same pass.
+        process_group: processes that join their statistics, for training over several devices.
+
+    Equation, dtypes and errors: `fused_inpaint.ops.region_norm`.
+
+    >>> import torch
+    >>> from fused_inpaint import RegionNorm2d
+    >>> tuple(RegionNorm2d(8)(torch.rand(2, 8, 16, 16), torch.ones(2, 1, 32, 32)).shape)
+    (2, 8, 16, 16)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        stats: str = "batch",
+        shared_bias: bool = False,
+        affine: bool = True,
+        activation: str = "none",
+        slope: float = 0.2,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.eps, self.stats, self.shared_bias = num_features, eps, stats, shared_bias
+        self.activation, self.slope, self.process_group = activation, slope, process_group
+        size = (2, num_features)
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if affine else None
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if mask.dim() == 4 and mask.shape[2:] != x.shape[2:] and 0 not in mask.shape[2:]:
+            mask = F.interpolate((mask != 0).to(torch.uint8), x.shape[2:], mode="nearest")
+        return region_norm(
+            x,
+            mask,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            stats=self.stats,
+            shared_bias=self.shared_bias,
+            activation=self.activation,
+            slope=self.slope,
+            process_group=self.process_group,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, stats={self.stats!r}, shared_bias={self.shared_bias}"
+
+
+class LearnedRegionNorm2d(nn.Module):
+    """Region normalization over a region that the layer finds itself (RN-L of Yu et al., 2020).
+
+    `layer(x)`: the channels' mean and maximum, a 7 x 7 convolution and a sigmoid make a map; where it is at least
+    `threshold` lies one region, elsewhere the other (no gradient passes the threshold). Two more 7 x 7 convolutions of
+    the map give a factor (1 + gamma) and a summand (beta) for each pixel, the same for all channels.
+
+    Args:
+        num_features: C, for the record: no parameter depends on it.
+        threshold: of the map, in (0, 1).
+        eps, stats, activation, slope, process_group: as in `RegionNorm2d`.
+
+    >>> import torch
+    >>> from fused_inpaint import LearnedRegionNorm2d
+    >>> tuple(LearnedRegionNorm2d(8)(torch.rand(2, 8, 16, 16)).shape)
+    (2, 8, 16, 16)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        threshold: float = 0.8,
+        eps: float = 1e-5,
+        stats: str = "batch",
+        activation: str = "none",
+        slope: float = 0.2,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < threshold < 1:
+            raise ValueError(f"LearnedRegionNorm2d: threshold must be between 0 and 1, got {threshold}")
+        self.num_features, self.threshold, self.eps, self.stats = num_features, threshold, eps, stats
+        self.activation, self.slope, self.process_group = activation, slope, process_group
+        self.map_conv = nn.Conv2d(2, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
+        self.gamma_conv = nn.Conv2d(1, 1, 7, padding=3, device=device, dtype=dtype)
+        self.beta_conv = nn.Conv2d(1, 1, 7, padding=3, device=device, dtype=dtype)
+
+    def map(self, x: Tensor) -> Tensor:
+        """(N, 1, H, W) in (0, 1): how much a pixel belongs to the first region."""
+        return torch.sigmoid(self.map_conv(channel_pool(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        belongs = self.map(x)
+        return region_norm(
+            x,
+            belongs.detach() >= self.threshold,
+            scale=1 + self.gamma_conv(belongs),
+            shift=self.beta_conv(belongs),
+            eps=self.eps,
+            stats=self.stats,
+            activation=self.activation,
+            slope=self.slope,
+            process_group=self.process_group,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, threshold={self.threshold}, eps={self.eps}, stats={self.stats!r}"
