@@ -112,10 +112,14 @@ class RegionStep:
         like = torch.channels_last
         self.maps = [m.to(DEVICE, DTYPE).contiguous(memory_format=like).requires_grad_() for m in maps]
         self.mask = workload.brush_mask(side).to(DEVICE, DTYPE)
+        self.grad: Tensor | None = None
 
     def __call__(self) -> None:
         existing, missing = self.maps
-        self.layer(existing, self.mask, missing).square().mean().backward()
+        y = self.layer(existing, self.mask, missing)
+        if self.grad is None:
+            self.grad = torch.ones_like(y)
+        y.backward(self.grad)
 
     def forget(self) -> None:
         for leaf in (*self.maps, *self.layer.parameters()):

@@ -13,7 +13,10 @@ from cuda_emulation import build
 from torch.utils.cpp_extension import include_paths
 
 KERNELS = sorted((build.ROOT / "csrc").glob("*/*_cuda.cu"))
-VALUES = [f"tests/test_{op}.py" for op in ("partial_conv", "partial_conv_gpu_ops", "region_norm", "region_conv")]
+VALUES = [
+    f"tests/test_{op}.py"
+    for op in ("partial_conv", "partial_conv_gpu_ops", "region_norm", "region_norm_kernels", "region_conv")
+]
 SUITE = VALUES + [
     f"tests/test_partial_conv_{part}.py" for part in ("numerics", "properties", "layers", "errors", "compile")
 ]
