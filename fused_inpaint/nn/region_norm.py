@@ -115,15 +115,23 @@ class LearnedRegionNorm2d(nn.Module):
 
     def map(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) in (0, 1): how much a pixel belongs to the first region."""
-        return torch.sigmoid(self.map_conv(channel_pool(x)))
+        # oneDNN is several times as fast in this layout.
+        pooled = channel_pool(x).contiguous(memory_format=torch.channels_last)
+        return torch.sigmoid(self.map_conv(pooled))
 
     def forward(self, x: Tensor) -> Tensor:
         belongs = self.map(x)
+        # The two convolutions as one, with a second channel of zero weights: oneDNN takes three times as long on one
+        # channel as on two.
+        convs = (self.gamma_conv, self.beta_conv)
+        weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
+        twice = belongs.expand(-1, 2, -1, -1).contiguous(memory_format=torch.channels_last)
+        gamma, beta = F.conv2d(twice, F.pad(weight, (0, 0, 0, 0, 0, 1)), bias, padding=3).split(1, 1)
         return region_norm(
             x,
             belongs.detach() >= self.threshold,
-            scale=1 + self.gamma_conv(belongs),
-            shift=self.beta_conv(belongs),
+            scale=1 + gamma,
+            shift=beta,
             eps=self.eps,
             stats=self.stats,
             activation=self.activation,
