@@ -315,9 +315,11 @@ def test_autocast(backend: str, device: torch.device) -> None:
     """A norm keeps the dtype that it is given; its parameters stay in float32."""
     layer = RegionNorm2d(4).to(device)
     mask = torch.ones(1, 1, 6, 6, device=device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        for dtype in (torch.float32, torch.bfloat16):
-            assert layer(torch.randn(1, 4, 6, 6, device=device, dtype=dtype), mask).dtype == dtype
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(1, 4, 6, 6, device=device, dtype=dtype)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = layer(x, mask)
+        assert y.dtype == dtype and torch.equal(y, layer(x, mask))
 
 
 @OPERATORS
@@ -370,11 +372,11 @@ PER_PIXEL = torch.ones(2, 1, 4, 5)
         ((X, M), {"activation": "elu"}, "activation must be none, relu or leaky_relu, got elu"),
         ((X, M), {"slope": -1.0}, "slope must be 0 or more, got -1.0"),
         ((X, M), {"scale": PER_PIXEL}, "scale and shift must be given together, got one of them"),
-        ((X, M), {"scale": X, "shift": PER_PIXEL}, r"scale must be \(2, 1, 4, 5\), got \(2, 3, 4, 5\)"),
+        ((X, M), {"scale": X, "shift": PER_PIXEL}, r"scale must be \(2 or 1, 1, 4, 5\), got \(2, 3, 4, 5\)"),
         (
             (X, M, torch.ones(2, 3)),
             {"scale": PER_PIXEL, "shift": PER_PIXEL},
-            "weight and bias must be None with scale and shift, got both",
+            "weight must be None with scale and shift, got a tensor",
         ),
     ],
 )
@@ -408,6 +410,38 @@ def test_operators_stay_inside_their_memory() -> None:
             op.region_norm(*wrong, *rest, 1e-5, False, "")
     with pytest.raises(RuntimeError, match=r"region_norm: .* must "):
         op.region_norm(x, mask, mean, m2, count, torch.ones(2, 2), *rest[1:], 1e-5, False, "")
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x", "bias"), ("weight", "bias")])
+def test_some_gradients_are_those_of_all(backend: str, device: torch.device, wanted: tuple[str, ...]) -> None:
+    found = []
+    for names in (("x", "weight", "bias"), wanted):
+        x, mask, rest = sample(Case("some", activation="relu"), torch.float32, device)
+        leaves = {"x": x, "weight": rest["weight"], "bias": rest["bias"]}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in names)
+        ops.region_norm(x, mask, **rest).square().sum().backward()
+        found.append({name: leaf.grad for name, leaf in leaves.items()})
+    for name, grad in found[1].items():
+        assert (grad is None) == (name not in wanted)
+        assert grad is None or torch.equal(grad, found[0][name])
+
+
+def test_what_hangs_on_a_convolution_is_called() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(LearnedRegionNorm2d(3).gamma_conv)
+    learned = LearnedRegionNorm2d(3)
+    learned.gamma_conv = layer
+    learned(torch.randn(1, 3, 8, 8)).sum().backward()
+    assert layer.parametrizations.weight.original.grad is not None
+    seen = []
+    learned.beta_conv.register_forward_hook(lambda *a: seen.append(1))
+    learned(torch.randn(1, 3, 8, 8))
+    assert seen == [1]
+
+
+def test_tiny_eps_stays_finite(backend: str, device: torch.device) -> None:
+    x, mask = torch.ones(1, 2, 4, 4, device=device), torch.ones(1, 1, 4, 4, device=device)
+    assert torch.equal(ops.region_norm(x, mask, eps=1e-80), torch.zeros_like(x))
 
 
 def test_mask_of_another_size_is_resized() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import region_conv2d
+from ..ops.checks import pair
 
 
 class RegionConv2d(nn.Module):
@@ -22,7 +23,7 @@ class RegionConv2d(nn.Module):
 
     Args:
         in_channels: of x, or of `existing`. out_channels, kernel_size, stride, dilation, bias: as `nn.Conv2d`.
-        padding: as `nn.Conv2d`, of the upsampled map. padding_mode: "zeros", "reflect" or "replicate".
+        padding: an int or two, of the upsampled map. padding_mode: "zeros", "reflect" or "replicate".
         missing_channels: of `missing`; None is as many as in_channels.
         upsample: 1, or 2 for nearest x2 in front (select="input").
         activation: "none" or "elu", in the same pass.
@@ -63,6 +64,11 @@ class RegionConv2d(nn.Module):
             raise ValueError(
                 f'RegionConv2d: missing_channels must be None with select="output", got {missing_channels}'
             )
+        for name, value, least in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("dilation", dilation, 1)):
+            pair("RegionConv2d", name, value, least)
+        pair("RegionConv2d", "padding", padding, 0)
+        if min(in_channels, out_channels) < 1:
+            raise ValueError(f"RegionConv2d: channels must be at least 1, got {in_channels} and {out_channels}")
         self.in_channels, self.out_channels, self.select = in_channels, out_channels, select
         self.missing_channels = in_channels if missing_channels is None else missing_channels
         self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
@@ -82,7 +88,7 @@ class RegionConv2d(nn.Module):
         """The initialisation of `nn.Conv2d`, for each filter."""
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         if self.bias is not None:
-            bound = self.weight[0].numel() ** -0.5
+            bound = self.weight.shape[1:].numel() ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, mask: Tensor, missing: Tensor | None = None) -> Tensor:

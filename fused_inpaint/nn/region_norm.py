@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import channel_pool, region_norm
+from ..ops.checks import check_mask_type
 
 
 class RegionNorm2d(nn.Module):
@@ -55,7 +56,8 @@ class RegionNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if affine else None
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if mask.dim() == 4 and mask.shape[2:] != x.shape[2:] and 0 not in mask.shape[2:]:
+        if mask.dim() == x.dim() == 4 and mask.shape[2:] != x.shape[2:] and mask.numel() and x.numel():
+            check_mask_type("region_norm", mask)
             mask = F.interpolate((mask != 0).to(torch.uint8), x.shape[2:], mode="nearest")
         return region_norm(
             x,
@@ -121,12 +123,19 @@ class LearnedRegionNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         belongs = self.map(x)
+        convs = (self.gamma_conv, self.beta_conv)
+        gamma, beta = self._joint(belongs) if all(map(_is_plain, convs)) else (conv(belongs) for conv in convs)
+        return self._normalise(x, belongs, gamma, beta)
+
+    def _joint(self, belongs: Tensor) -> tuple[Tensor, ...]:
         # The two convolutions as one, with a second channel of zero weights: oneDNN takes three times as long on one
         # channel as on two.
         convs = (self.gamma_conv, self.beta_conv)
         weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
         twice = belongs.expand(-1, 2, -1, -1).contiguous(memory_format=torch.channels_last)
-        gamma, beta = F.conv2d(twice, F.pad(weight, (0, 0, 0, 0, 0, 1)), bias, padding=3).split(1, 1)
+        return F.conv2d(twice, F.pad(weight, (0, 0, 0, 0, 0, 1)), bias, padding=3).split(1, 1)
+
+    def _normalise(self, x: Tensor, belongs: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         return region_norm(
             x,
             belongs.detach() >= self.threshold,
@@ -141,3 +150,8 @@ class LearnedRegionNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, threshold={self.threshold}, eps={self.eps}, stats={self.stats!r}"
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether nothing was hung on the module or put in its place that calling it would run."""
+    return type(conv) is nn.Conv2d and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derivatives by an operator's reference, where its own kernels do not serve."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +27,9 @@ def by_reference(forward: Callable[..., Tensor], inputs: Sequence[Tensor | None]
     """Gradients of `forward(*inputs)`, None for an input without one; differentiable if a graph is wanted, so that
     second derivatives are autograd's own."""
     graph = wants_graph()
-    with torch.enable_grad():
+    # The forward was computed in these types, whatever autocast is in force now.
+    autocast = contextlib.nullcontext() if grad.is_meta else torch.autocast(grad.device.type, enabled=False)
+    with torch.enable_grad(), autocast:
         # Stand-ins: saved tensors may depend on each other, and on this path nothing may be counted that their own
         # backward counts again.
         leaves = [None if t is None else t.view_as(t) for t in inputs]

@@ -40,7 +40,8 @@ def region_conv2d(
         x: features (N, C, H, W), any memory format; channels_last is fastest. With "input" the pair (E, X), which may
             differ in channels: E for the valid region (in the paper with the skip connection), X for the hole.
         mask: (N or 1, 1, h, w) uint8, bool or float, 1 = valid and 0 = hole, on x's device; brought to the output's
-            size ("output") or the input's ("input") by nearest neighbour, index floor(i * from / to).
+            size ("output") or the input's ("input") as `torch.nn.functional.interpolate` with
+            mode="nearest" does.
         weight: "output": (2, O, C, kh, kw), the hole's filter first; "input": (O, Ce + Cx, kh, kw), E's channels first.
         bias: "output": (2, O); "input": (O,); or None.
         stride, padding, dilation: an int or two (rows, columns).

@@ -45,7 +45,8 @@ def region_norm(
         shared_bias: add both regions' biases everywhere, as the published code does.
         scale, shift: (N or 1, 1, H, W), a factor and a summand for each pixel instead of weight and bias (RN-L).
         activation: "none", "relu" or "leaky_relu" with `slope`, in the same pass.
-        process_group: a `torch.distributed` group whose processes join their statistics.
+        process_group: a `torch.distributed` group whose processes join their statistics of the batch (a sample is never
+            on two of them); each must call it and its backward. Not in compiled graphs.
 
     Returns:
         y (N, C, H, W) in x's dtype, channels_last.
@@ -74,11 +75,14 @@ def region_norm(
         raise error(op, "stats", "batch or instance", stats)
     if activation not in ("none", "relu", "leaky_relu"):
         raise error(op, "activation", "none, relu or leaky_relu", activation)
-    if slope < 0:
+    if not slope >= 0:
         raise error(op, "slope", "0 or more", slope)
-    instance, group = stats == "instance", sync.named(process_group)
+    instance = stats == "instance"
+    if process_group is not None and torch.compiler.is_compiling():
+        raise error(op, "process_group", "None in a compiled graph", "a group")
+    group = "" if instance else sync.named(process_group)
     backend = _backends.choose(op, x.device.type, refusal=lambda name: _refusal(name, x.dtype))
-    if backend == "reference" or x.numel() == 0:
+    if backend == "reference" or (x.numel() == 0 and not group):
         point = (weight, bias, scale, shift, eps, instance, shared_bias, activation, slope)
         return reference.region_norm(x, mask, *point, sync.differentiable_sum(group))
     # A CPU computes float16 faster, and with one rounding less, in float32.
@@ -91,8 +95,8 @@ def region_norm(
         count, mean, m2 = sync.joined(count, mean, m2, group)
         total = count.sum(1, keepdim=True)
         values = count.clamp(min=1)
-        invstd = (m2 / values + eps * total / values).rsqrt()
-    wide = torch.float64 if inner == torch.float64 else torch.float32
+        wide = torch.float64 if inner == torch.float64 else torch.float32
+        invstd = (m2 / values + eps * total / values).rsqrt().clamp(max=torch.finfo(wide).max)
     parameters = [None if t is None else t.to(wide) for t in (weight, bias)]
     maps = [None if t is None else t.to(wide).expand(x.size(0), -1, -1, -1).contiguous() for t in (scale, shift)]
     y = getattr(ops, f"region_norm{suffix}")(
@@ -137,11 +141,12 @@ def _check_parameters(
             raise error(op, name, f"(2, {c})", tuple(t.shape))
     for name, t in (("scale", scale), ("shift", shift)):
         if t is not None and (t.dim() != 4 or t.size(0) not in (1, n) or t.shape[1:] != (1, h, w)):
-            raise error(op, name, f"({n}, 1, {h}, {w})", tuple(t.shape))
+            raise error(op, name, f"({n} or 1, 1, {h}, {w})", tuple(t.shape))
     if (scale is None) != (shift is None):
         raise error(op, "scale and shift", "given together", "one of them")
-    if scale is not None and (weight is not None or bias is not None):
-        raise error(op, "weight and bias", "None with scale and shift", "both")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if scale is not None and t is not None:
+            raise error(op, name, "None with scale and shift", "a tensor")
     for name, t in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
         if t is not None and (t.dtype not in FLOATS or t.device != x.device):
             raise error(op, name, f"a float tensor on {x.device}", f"{t.dtype} on {t.device}")

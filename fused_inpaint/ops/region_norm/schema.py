@@ -76,8 +76,10 @@ def _by_kernels(ctx: Any, suffix: str, grad: Tensor, point: tuple[Any, ...], gro
     sums_of = getattr(ops, f"region_norm_sums{suffix}")
     sums, grad_scale, grad_shift = sums_of(grad, x, mask, mean, invstd, *point)
     grad_x = grad_weight = grad_bias = None
+    # Of all processes, whether or not this one needs it: the others may.
+    joint = summed(sums, group)
     if ctx.needs_input_grad[0]:
-        means = summed(sums, group) / count.clamp(min=1).unsqueeze(1)
+        means = joint / count.clamp(min=1).unsqueeze(1)
         grad_x = getattr(ops, f"region_norm_gradient{suffix}")(grad, x, mask, mean, invstd, means, *point)
     if weight is not None:
         grad_weight = sums[:, 1].sum(0).to(weight.dtype)
