@@ -27,7 +27,7 @@ def modules() -> Iterator[str]:
 
 MODULES = sorted(set(modules()))
 # Imported by the call that needs it.
-TRITON = {"fused_inpaint.ops.partial_conv.triton_impl"}
+TRITON = {name for name in MODULES if name.endswith(".triton_impl")}
 
 # One process for all: each module is imported in a fork of an interpreter that knows torch but none of this package.
 ALONE = """
@@ -115,6 +115,12 @@ def test_the_operators_have_examples() -> None:
         fused_inpaint.ops.partial_upconv2d,
         fused_inpaint.ops.partial_window,
         fused_inpaint.ops.partial_window_chain,
+        fused_inpaint.ops.region_conv2d,
+        fused_inpaint.ops.region_norm,
+        fused_inpaint.ops.channel_pool,
+        fused_inpaint.LearnedRegionNorm2d,
+        fused_inpaint.RegionConv2d,
+        fused_inpaint.RegionNorm2d,
         fused_inpaint.PartialConv2d,
         fused_inpaint.PartialUpConv2d,
         fused_inpaint.use_backend,
