@@ -374,7 +374,7 @@ def test_interpreter() -> None:
         )
         for half in ("test_float32", "not test_float32")
     ]
-    for process, least in zip(running, (60, 40), strict=True):
+    for process, least in zip(running, (60, 35), strict=True):
         output, _ = process.communicate()
         assert process.returncode == 0, output[-6000:]
         passed = re.search(r"(\d+) passed", output)
