@@ -121,9 +121,10 @@ def arguments(problem: Problem, device: str) -> Arguments:
 
 
 def run(problem: Problem, given: Arguments, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    from fused_inpaint.ops import triton_common
     from fused_inpaint.ops.partial_conv import triton_impl
 
-    chosen = triton_impl.Config(*config)
+    chosen = triton_common.Config(*config)
     triton_impl.configuration = lambda *size: chosen
     torch.backends.cudnn.allow_tf32 = problem.precision == "tf32"
     x, masks, weight, bias, scale, geometry = given

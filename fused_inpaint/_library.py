@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator namespace `torch.ops.fused_inpaint`: schemas live in Python, kernels in csrc/ or beside the op."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -27,3 +28,13 @@ def implement(name: str, kernel: Callable[..., Any]) -> None:
     """Give an operator a kernel written in Python, for tensors on the GPU and, where tests interpret it, on the CPU."""
     for key in ("CUDA", "CPU"):
         library.impl(name, kernel, key)
+
+
+def implement_in_triton(package: str, name: str) -> None:
+    """Give operator `<name>_triton` the function `name` of the package's triton_impl.py; its first call imports Triton,
+    which looks for a GPU driver."""
+
+    def kernel(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(".triton_impl", package), name)(*arguments)
+
+    implement(f"{name}_triton", kernel)

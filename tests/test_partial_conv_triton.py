@@ -48,6 +48,7 @@ interpreted = pytest.mark.skipif(
 )
 
 if INTERPRETED and not no_interpreter():
+    from fused_inpaint.ops import triton_common
     from fused_inpaint.ops.partial_conv import triton_impl
 
 Pair = tuple[int, int]
@@ -148,9 +149,9 @@ def test_check_rejects(rtol: float) -> None:
 @pytest.fixture
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Small tiles, or those that the test names, in place of the table's; float32 as such, and poisoned memory."""
-    chosen = triton_impl.Config(*getattr(request, "param", TILE))
+    chosen = triton_common.Config(*getattr(request, "param", TILE))
     monkeypatch.setattr(triton_impl, "configuration", lambda *size: chosen)
-    monkeypatch.setattr(triton_impl, "_precision", lambda dtype: "ieee")
+    monkeypatch.setattr(triton_common, "precision", lambda dtype: "ieee")
 
 
 SPLIT = (64, 16, 16, 4, 2, 3)
@@ -291,13 +292,13 @@ def test_valid_nan_stays(activation: str) -> None:
 def test_launches(monkeypatch: pytest.MonkeyPatch, tile: None) -> None:
     """One, but for a split or a fold; none for an empty batch."""
     launched: list[str] = []
-    launch = triton_impl._launch
+    launch = triton_common.launch
 
     def counting(kernel: Any, *arguments: Any, **options: Any) -> None:
         launched.append(kernel.fn.__name__)
         launch(kernel, *arguments, **options)
 
-    monkeypatch.setattr(triton_impl, "_launch", counting)
+    monkeypatch.setattr(triton_common, "launch", counting)
 
     def launches(name: str, fold: bool = False) -> list[str]:
         launched.clear()
@@ -307,7 +308,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, tile: None) -> None:
     assert launches("plain") == ["convolve_kernel"]
     assert launches("up_folded", fold=True) == ["fold_kernel", "convolve_kernel"]
     assert launches("empty_batch") == []
-    split = triton_impl.Config(*SPLIT)
+    split = triton_common.Config(*SPLIT)
     monkeypatch.setattr(triton_impl, "configuration", lambda *size: split)
     assert launches("plain") == ["convolve_kernel", "reduce_kernel"]
 
@@ -315,7 +316,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, tile: None) -> None:
 @interpreted
 def test_table_on_small_maps(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table's own choice, not a test's."""
-    monkeypatch.setattr(triton_impl, "_precision", lambda dtype: "ieee")
+    monkeypatch.setattr(triton_common, "precision", lambda dtype: "ieee")
     for case in (FAT, dataclasses.replace(BOTH, fold=True)):
         call = call_of(case, torch.float32)
         check(call.actual(bool(case.fold)), call.expected(), torch.float32, 5e-5)
@@ -451,6 +452,7 @@ def compile_layers(part: str, dtype: torch.dtype, precision: str, capability: in
     """What the encoder's ("enc") or the decoder's layers launch at batch 1 and 16, each kernel once."""
     from triton.runtime.driver import driver
 
+    from fused_inpaint.ops import triton_common
     from fused_inpaint.ops.partial_conv import triton_impl
 
     driver.set_active(Driver(capability))
@@ -463,7 +465,7 @@ def compile_layers(part: str, dtype: torch.dtype, precision: str, capability: in
         if built.hash not in found:
             found[built.hash] = inspect(layer, kernel, options, built)
 
-    triton_impl._launch = launch
+    triton_common.launch = launch
     like: Any = {"dtype": dtype, "device": "meta", "memory_format": torch.channels_last}
     # Both are compiled for both parts, but not both in every dtype.
     given = (part == "dec") == (capability == 90)

@@ -35,7 +35,7 @@ from torch import Tensor
 from fused_inpaint import ops, use_backend
 
 if INTERPRETED and not no_interpreter():
-    from fused_inpaint.ops.partial_conv import triton_impl as partial_conv_triton
+    from fused_inpaint.ops import triton_common
     from fused_inpaint.ops.region_conv import triton_impl as conv_triton
     from fused_inpaint.ops.region_norm import triton_impl as norm_triton
 
@@ -197,14 +197,14 @@ def test_conv_tiles(name: str, shape: tuple[int, int], monkeypatch: pytest.Monke
 def test_conv_leaves_out(select: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles in one region multiply by one filter, or one source; only those across the edge by both."""
     products = 0
-    dot = conv_triton._dot
+    dot = conv_triton.dot
 
     def counting(*arguments: Any) -> Any:
         nonlocal products
         products += 1
         return dot(*arguments)
 
-    monkeypatch.setattr(conv_triton, "_dot", counting)
+    monkeypatch.setattr(conv_triton, "dot", counting)
     channels = (3,) if select == "output" else (3, 2)
     case = conv.Case("left_out", select, channels, size=(8, 24), batch=1, kernel=(1, 1), padding=(0, 0))
     s = conv.sample(case)
@@ -235,13 +235,13 @@ def test_conv_refusals() -> None:
 @interpreted
 def test_launches(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
-    for module in (partial_conv_triton, conv_triton, norm_triton):
+    launch = triton_common.launch
 
-        def counting(kernel: Any, *arguments: Any, launch: Any = module._launch, **options: Any) -> None:
-            launched.append(kernel.fn.__name__)
-            launch(kernel, *arguments, **options)
+    def counting(kernel: Any, *arguments: Any, **options: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *arguments, **options)
 
-        monkeypatch.setattr(module, "_launch", counting)
+    monkeypatch.setattr(triton_common, "launch", counting)
     x, mask, rest = norm.sample(norm.Case("launches"), torch.float32)
     norm.results(x, mask, rest, torch.ones(x.shape))
     assert launched == ["moments_kernel", "merge_kernel", "normalize_kernel", "sums_kernel", "gradient_kernel"]
@@ -291,7 +291,7 @@ def compile_kernels(dtype: torch.dtype, precision: str, capability: int) -> list
     """Each kernel once, as a middle layer at 256 x 256 launches it."""
     from triton.runtime.driver import driver
 
-    from fused_inpaint.ops.partial_conv import triton_impl as partial_conv_triton
+    from fused_inpaint.ops import triton_common
     from fused_inpaint.ops.region_conv import triton_impl as conv_triton
     from fused_inpaint.ops.region_norm import triton_impl as norm_triton
 
@@ -303,8 +303,7 @@ def compile_kernels(dtype: torch.dtype, precision: str, capability: int) -> list
         built = kernel.warmup(*arguments, grid=grid, **options, enable_fp_fusion=True)
         found.setdefault(built.hash, inspect("", kernel, options, built))
 
-    for module in (partial_conv_triton, conv_triton, norm_triton):
-        module._launch = launch
+    triton_common.launch = launch
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         like = {"memory_format": torch.channels_last} if len(size) == 4 else {}

@@ -23,6 +23,10 @@ def pair(op: str, name: str, value: Pair, least: int) -> tuple[int, int]:
     return both[0], both[1]
 
 
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast decides the dtype: it does for all but float64."""
     # The meta device has no autocast to ask for.

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..checks import LIMIT, check_feature_map, check_mask, error, pair
-from .schema import output_size
+from ..checks import LIMIT, check_feature_map, check_mask, error, output_size, pair
 from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ... import _backends
-from ..checks import autocasts, check_mask, error
+from ..checks import autocasts, check_mask, error, output_size
 from . import layer_ops as layer_ops  # defines operators
 from . import reference, routes
 from .packing import PackedWeight
-from .schema import ops, output_size
+from .schema import ops
 from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
 

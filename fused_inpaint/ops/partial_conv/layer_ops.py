@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..._library import define, implement
+from ..checks import output_size
 from . import routes
-from .schema import channels_last, gradients, joint_batch, output_size, save
+from .schema import channels_last, gradients, joint_batch, save
 
 _LAYER = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, str activation, float slope"
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._library import define
+from ..checks import output_size
 from ..derivative import by_reference, has_kernels, wants_graph
 from . import reference
 
@@ -15,10 +16,6 @@ _GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int gr
 _EPILOGUE = "str activation, float slope, int fold_from"
 
 ops = torch.ops.fused_inpaint
-
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def channels_last(like: Tensor, size: Sequence[Any]) -> Tensor:

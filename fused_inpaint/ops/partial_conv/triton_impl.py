@@ -11,7 +11,6 @@ Products are accumulated in float32, counts in int32. Maps are read and written 
 (O, kh, kw, C). No atomics: a split depth goes through a workspace that a second kernel sums in a fixed order.
 """
 
-import contextlib
 import functools
 import json
 from collections.abc import Sequence
@@ -23,19 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .schema import output_size
-
-# Triton's interpreter multiplies the bits of bfloat16 numbers, not the numbers.
-_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + a @ b, summed in float32."""
-    if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+from .. import triton_common as common
+from ..checks import output_size
+from ..triton_common import dot, first_tap
 
 
 @triton.jit
@@ -56,15 +45,9 @@ def _locate(origin, h0, w0, dh, dw, height, width, UP: tl.constexpr):  # type: i
 
 
 @triton.jit
-def _first(odd, K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Low-resolution offset of the folded kernel's first tap: floor((odd - k // 2) / 2)."""
-    return (odd - K // 2) >> 1
-
-
-@triton.jit
 def _multiplicity(tap, odd, K: tl.constexpr):  # type: ignore[no-untyped-def]
     """How many of the kernel's k taps meet in this tap of the folded kernel, along one axis: 1 or 2."""
-    at = 2 * (_first(odd, K) + tap) - odd
+    at = 2 * (first_tap(odd, K) + tap) - odd
     return (tl.abs(at) <= K // 2).to(tl.int32) + (tl.abs(at + 1) <= K // 2).to(tl.int32)
 
 
@@ -164,8 +147,8 @@ def _add_source(  # type: ignore[no-untyped-def]
     READ_UP: tl.constexpr = 1 if LOW else UP
     PHASE_STEP: tl.constexpr = 2 if FOLD else 1
     if LOW:
-        h0 = i + _first(odd_h, KH)
-        w0 = j + _first(odd_w, KW)
+        h0 = i + first_tap(odd_h, KH)
+        w0 = j + first_tap(odd_w, KW)
         weight += (odd_h * 2 + odd_w) * outputs * (TH * TW) * depth
     else:
         h0 = (i * PHASE_STEP + odd_h) * stride_h - pad_h
@@ -216,7 +199,7 @@ def _add_source(  # type: ignore[no-untyped-def]
                 valid = tl.load(mask + m, mask=read, other=0) != 0
             a = tl.load(x + ((at * channels)[:, None] + c[None, :]), mask=valid, other=0.0)
             b = tl.load(weight + (tap * depth + c)[:, None], mask=c_alive[:, None] & o_alive[None, :], other=0.0)
-            acc = _dot(a, b, acc, PRECISION)
+            acc = dot(a, b, acc, PRECISION)
     else:
         # A step is `span` rows of the kernel with all of their (tap, channel) pairs, whose offsets are the same in
         # every step.
@@ -239,7 +222,7 @@ def _add_source(  # type: ignore[no-untyped-def]
             a = tl.load(x + (at * channels + c[None, :]), mask=valid, other=0.0)
             b_at = (top * TW + tap) * depth + c
             b = tl.load(weight + b_at[:, None], mask=k_alive[:, None] & o_alive[None, :], other=0.0)
-            acc = _dot(a, b, acc, PRECISION)
+            acc = dot(a, b, acc, PRECISION)
     return acc, count
 
 
@@ -427,60 +410,14 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
     tl.store(y + at, result.to(y.dtype.element_ty), mask=alive)
 
 
-@triton.jit(do_not_specialize=["total", "first"])
-def fold_kernel(  # type: ignore[no-untyped-def]
-    weight,  # (O, k, k, depth)
-    folded,  # (4, O, t, t, C), t = (k + 1) // 2
-    total,  # 4 * O * t * t * C
-    outputs,  # O
-    depth,
-    first,
-    channels,  # C
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Channels [first, first + C) of the low-resolution convolution that equals nearest x2, then `weight`.
-
-    For each phase (row parity, column parity), the taps that meet in a low-resolution pixel are added in float32.
-    """
-    TAPS: tl.constexpr = (K + 1) // 2
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    c = at % channels
-    tap = at // channels
-    h = tap // TAPS % TAPS
-    w = tap % TAPS
-    o = tap // (TAPS * TAPS) % outputs
-    phase = tap // (TAPS * TAPS) // outputs
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for pair in tl.static_range(4):
-        u = 2 * (_first(phase // 2, K) + h) + pair // 2 - phase // 2 + K // 2
-        v = 2 * (_first(phase % 2, K) + w) + pair % 2 - phase % 2 + K // 2
-        alive = (at < total) & (u >= 0) & (u < K) & (v >= 0) & (v < K)
-        value = tl.load(weight + (((o * K + u) * K + v) * depth + first + c), mask=alive, other=0.0)
-        sums += value.to(tl.float32)
-    tl.store(folded + at, sums.to(folded.dtype.element_ty), mask=at < total)
-
-
-class Config(NamedTuple):
-    """How one GEMM is cut into tiles."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    split: int
-
-
 _RULES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("triton_configs.json").read_text())["rules"]
 _BLOCK = 512  # of the elementwise kernels
 _THIN = 16  # channels from which on one tap fills a step; tl.dot takes no less
 _WIDEST = 128  # (tap, channel) pairs in a row of the kernel, up to which the walk is flat
-_BITS = 62  # taps whose validity fits into a word
 
 
 @functools.lru_cache(maxsize=1024)
-def configuration(precision: str, fold: bool, rows: int, depth: int, outputs: int) -> Config:
+def configuration(precision: str, fold: bool, rows: int, depth: int, outputs: int) -> common.Config:
     """The first rule of triton_configs.json for a GEMM of `rows` (of one phase) x `depth` x `outputs` (of one group).
 
     `precision` is "half", "tf32" or "ieee". The table is made by benchmarks/tune_triton.py.
@@ -489,31 +426,8 @@ def configuration(precision: str, fold: bool, rows: int, depth: int, outputs: in
     for rule in _RULES:
         within = (rule.get(name, (0, size))[0] <= size <= rule.get(name, (0, size))[1] for name, size in sizes.items())
         if precision in rule["precision"] and rule.get("fold", fold) == fold and all(within):
-            return Config(*rule["config"])
+            return common.Config(*rule["config"])
     raise LookupError(f"triton_configs.json must have a rule for every size, got none for {precision} {sizes}")
-
-
-def folds(
-    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> bool:
-    """Whether this convolution, after a nearest x2, is one at low resolution for each phase of the output."""
-    k = kernel[0]
-    return (
-        kernel[1] == k
-        and k % 2 == 1
-        and all(s == 1 for s in (*stride, *dilation, groups))
-        and all(p == k // 2 for p in padding)
-    )
-
-
-def _fit(tile: Config, block_k: int, size: int, device: torch.device) -> Config:
-    """With as many stages as the device has shared memory for; the table's own GPU has more than most."""
-    if device.type != "cuda":
-        return tile
-    properties: Any = torch.cuda.get_device_properties(device)
-    stage = (tile.block_m + tile.block_n) * block_k * size
-    stages = properties.shared_memory_per_block_optin // stage
-    return tile._replace(stages=max(1, min(tile.stages, stages)))
 
 
 class _Walk(NamedTuple):
@@ -528,54 +442,19 @@ class _Walk(NamedTuple):
 
 def _walk(channels: int, planes: int, taps_h: int, taps_w: int, block_k: int) -> _Walk:
     """`channels` and the product with the taps are those of one group."""
-    kind = "many" if planes > 1 else "one" if taps_h * taps_w <= _BITS else "large"
+    kind = "many" if planes > 1 else "one" if taps_h * taps_w <= common.BITS else "large"
     row = taps_w * channels
     if channels >= _THIN or row > _WIDEST:
-        block_k = min(block_k, _power_of_2(channels))
+        block_k = min(block_k, common.power_of_2(channels))
         return _Walk("chunks", kind, block_k, 1, taps_h * taps_w * triton.cdiv(channels, block_k))
-    block_k = min(max(block_k, _power_of_2(row)), _power_of_2(taps_h * row))
+    block_k = min(max(block_k, common.power_of_2(row)), common.power_of_2(taps_h * row))
     span = min(block_k // row, taps_h)
     return _Walk("flat", kind, block_k, span, triton.cdiv(taps_h, span))
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest from n on that tl.dot takes as a side."""
-    return max(16, triton.next_power_of_2(n))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "half"
-    # What cuDNN's convolutions do with float32; unlike cudnn.allow_tf32, readable whichever way it was set.
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
-
-
-def _nhwc(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
 
 
 def _as_bytes(mask: Tensor) -> Tensor:
     mask = mask.contiguous()
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        # Contraction to FMA is asked for in words, since Triton's default for it is about to change.
-        kernel[grid](*arguments, **options, enable_fp_fusion=True)
-
-
-def _fold(weight: Tensor, first: int, channels: int) -> Tensor:
-    """(4, O, t, t, C): the folded kernel of one source's channels of a channels_last weight."""
-    outputs, depth, k, _ = weight.shape
-    taps = (k + 1) // 2
-    folded = weight.new_empty(4, outputs, taps, taps, channels)
-    total = folded.numel()
-    sizes = (total, outputs, depth, first, channels)
-    _launch(fold_kernel, (triton.cdiv(total, _BLOCK),), weight, folded, *sizes, K=k, BLOCK=_BLOCK)
-    return folded
 
 
 def partial_conv2d(
@@ -629,24 +508,24 @@ def partial_conv2d(
     if y.numel() == 0:
         return y, count, new_mask
 
-    fold = fold and 2 in upsample and folds((kernel_h, kernel_w), stride, padding, dilation, groups)
-    sources, weight = [_nhwc(s) for s in sources], _nhwc(weight.to(y.dtype))
+    fold = fold and 2 in upsample and common.folds((kernel_h, kernel_w), stride, padding, dilation, groups)
+    sources, weight = [common.nhwc(s) for s in sources], common.nhwc(weight.to(y.dtype))
     bias, scale = (None if t is None else t.contiguous() for t in (bias, scale))
     channels = [s.size(1) for s in sources]
     weights, taps = [], []
     for index, up in enumerate(upsample):
         low = fold and up == 2
         taps.append(((kernel_h + 1) // 2, (kernel_w + 1) // 2) if low else (kernel_h, kernel_w))
-        weights.append(_fold(weight, sum(channels[:index]), channels[index]) if low else weight)
+        weights.append(common.fold(weight, sum(channels[:index]), channels[index]) if low else weight)
 
     phases, step = (4, 2) if fold else (1, 1)
     rows, columns = images * height * width // phases, outputs // groups
     depth = sum(c // groups * h * w for c, (h, w) in zip(channels, taps, strict=True))
-    precision = _precision(y.dtype)
+    precision = common.precision(y.dtype)
     tile = configuration(precision, fold, rows, depth, columns)
-    tile = tile._replace(block_n=min(tile.block_n, _power_of_2(columns)))
+    tile = tile._replace(block_n=min(tile.block_n, common.power_of_2(columns)))
     walks = [_walk(c // groups, m.size(1), *t, tile.block_k) for c, m, t in zip(channels, masks, taps, strict=True)]
-    tile = _fit(tile, max(w.block_k for w in walks), y.element_size(), y.device)
+    tile = common.fit(tile, max(w.block_k for w in walks), y.element_size(), y.device)
     # Partial sums, too, are indexed in 32 bits.
     split = max(1, min(tile.split, sum(w.steps for w in walks), (2**31 - 1) // y.numel()))
     out = y if split == 1 else torch.empty((split, *size), dtype=torch.float32, device=y.device)
@@ -654,7 +533,7 @@ def partial_conv2d(
     # The kernel has arguments for two sources; of one, the second's are not read.
     pair = (0, -1)
     window = float(sum(channels) * kernel_h * kernel_w)
-    _launch(
+    common.launch(
         convolve_kernel,
         (triton.cdiv(rows, tile.block_m) * phases * groups * triton.cdiv(columns, tile.block_n), split),
         *(sources[i] for i in pair),
@@ -706,7 +585,7 @@ def partial_conv2d(
         arguments = (total, height * width * count.size(0), outputs, split, window, slope)
         grid = (triton.cdiv(total, _BLOCK),)
         options = {"ACTIVATION": activation, "BLOCK": _BLOCK}
-        _launch(reduce_kernel, grid, out, bias, scale, count.contiguous(), y, *arguments, **options)
+        common.launch(reduce_kernel, grid, out, bias, scale, count.contiguous(), y, *arguments, **options)
     return y, count, new_mask
 
 

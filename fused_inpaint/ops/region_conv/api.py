@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _backends
-from ..checks import LIMIT, Pair, autocasts, check_feature_map, check_mask_type, error, pair
+from ..checks import LIMIT, Pair, autocasts, check_feature_map, check_mask_type, error, output_size, pair
 from . import reference
-from .schema import ops, output_size
+from .schema import ops
 
 
 def region_conv2d(

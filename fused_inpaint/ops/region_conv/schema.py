@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import define, implement
+from ..._library import define, implement_in_triton
+from ..checks import output_size
 from ..derivative import by_reference, has_kernels, wants_graph
 from . import reference
 
 ops = torch.ops.fused_inpaint
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, str padding_mode, str activation"
-
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _map(like: Tensor, channels: Any, weight: Tensor, upsample: int, *geometry: Sequence[int]) -> Tensor:
@@ -116,16 +113,5 @@ define(
 )
 
 
-def _lazily(name: str) -> Callable[..., Any]:
-    """The Triton kernel of an operator; Triton is imported by the first call."""
-
-    def kernel(*arguments: Any) -> Any:
-        from . import triton_impl
-
-        return getattr(triton_impl, name)(*arguments)
-
-    return kernel
-
-
 for name in ("region_conv2d_output", "region_conv2d_input"):
-    implement(f"{name}_triton", _lazily(name))
+    implement_in_triton(__package__, name)

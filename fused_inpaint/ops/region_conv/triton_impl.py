@@ -20,21 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..partial_conv.triton_impl import (
-    _BITS,
-    _INTERPRETED,
-    _dot,
-    _first,
-    _fit,
-    _fold,
-    _launch,
-    _nhwc,
-    _power_of_2,
-    _precision,
-    folds,
-)
-from ..partial_conv.triton_impl import Config as Tile
-from .schema import output_size
+from .. import triton_common as common
+from ..checks import output_size
+from ..triton_common import INTERPRETED, dot, first_tap
 
 
 @triton.jit
@@ -106,7 +94,7 @@ def _walk(  # type: ignore[no-untyped-def]
             read = ((bits[:, None] >> tl.where(c_alive, tap, NEVER)[None, :]) & 1) != 0
         a = tl.load(x + ((at * channels)[:, None] + c[None, :]), mask=read, other=0.0)
         b = tl.load(weight + (tap * depth + c)[:, None], mask=c_alive[:, None] & o_alive[None, :], other=0.0)
-        acc = _dot(a, b, acc, PRECISION)
+        acc = dot(a, b, acc, PRECISION)
     return acc
 
 
@@ -151,7 +139,7 @@ def _finish(y, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[n
     if ACTIVATION == "elu":
         # exp only of what is not above 0: it would overflow.
         y = tl.where(y > 0, y, tl.exp(tl.where(y > 0, 0.0, y)) - 1.0)
-    if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         # Triton's interpreter cuts off; a GPU rounds to the nearest.
         bits = y.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -224,8 +212,8 @@ def input_kernel(  # type: ignore[no-untyped-def]
         n = image // 4
         odd_h = image % 4 // 2
         odd_w = image % 2
-        h0 = i + _first(odd_h, 3)
-        w0 = j + _first(odd_w, 3)
+        h0 = i + first_tap(odd_h, 3)
+        w0 = j + first_tap(odd_w, 3)
         pixel = (i * 2 + odd_h) * to_width + j * 2 + odd_w
         weight += image % 4 * outputs * (KH * KW) * depth
     else:
@@ -258,7 +246,11 @@ def refusal(dtype: torch.dtype, select: str, kernel: Sequence[int]) -> str:
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     taps = kernel[0] * kernel[1]
-    return f"it takes kernels of at most {_BITS} taps, not {taps}" if select == "input" and taps > _BITS else ""
+    return (
+        f"it takes kernels of at most {common.BITS} taps, not {taps}"
+        if select == "input" and taps > common.BITS
+        else ""
+    )
 
 
 class _Plan(NamedTuple):
@@ -274,15 +266,17 @@ _ENOUGH = 264  # programs: two for each processor of a large GPU
 
 def _plan(like: Tensor, images: int, height: int, width: int, outputs: int, channels: int) -> _Plan:
     """`images` is counted once for each phase; `channels` are those of the wider source."""
-    precision = _precision(like.dtype)
+    precision = common.precision(like.dtype)
     # Products in float32 proper run on the ordinary cores, from registers.
-    block_n = min(32 if precision == "ieee" else 64, _power_of_2(outputs))
-    block_k = min(64 if precision == "half" else 32 if precision == "tf32" else 16, _power_of_2(channels))
+    block_n = min(32 if precision == "ieee" else 64, common.power_of_2(outputs))
+    block_k = min(64 if precision == "half" else 32 if precision == "tf32" else 16, common.power_of_2(channels))
     for shape in _SHAPES:
         tiles = images * triton.cdiv(height, shape[0]) * triton.cdiv(width, shape[1]) * triton.cdiv(outputs, block_n)
         if tiles >= _ENOUGH:
             break
-    tile = _fit(Tile(shape[0] * shape[1], block_n, block_k, 4, 3, 1), block_k, like.element_size(), like.device)
+    tile = common.fit(
+        common.Config(shape[0] * shape[1], block_n, block_k, 4, 3, 1), block_k, like.element_size(), like.device
+    )
     options = {
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
         "BLOCK_H": shape[0],
@@ -328,10 +322,10 @@ def region_conv2d_output(
         return y
     images, outputs, height, width = y.shape
     plan = _plan(x, images, height, width, outputs, x.size(1))
-    _launch(
+    common.launch(
         output_kernel,
         plan.grid,
-        _nhwc(x),
+        common.nhwc(x),
         mask.contiguous(),
         weight.to(x.dtype).permute(0, 1, 3, 4, 2).contiguous(),
         None if bias is None else bias.contiguous(),
@@ -374,21 +368,21 @@ def region_conv2d_input(
         return y
     images, outputs = y.shape[:2]
     channels, height, width = existing.shape[1:]
-    weight = _nhwc(weight.to(existing.dtype))
+    weight = common.nhwc(weight.to(existing.dtype))
     kernel = weight.shape[2:]
     # A 3 x 3 kernel reaches one pixel beyond the map, which reflects to the same low-resolution pixel as it replicates.
-    fold = upsample == 2 and kernel[0] == 3 and folds(kernel, stride, padding, dilation, 1)
+    fold = upsample == 2 and kernel[0] == 3 and common.folds(kernel, stride, padding, dilation, 1)
     if fold:
         padding_mode = "replicate" if padding_mode == "reflect" else padding_mode
     cells = (4 * images, height, width) if fold else (images, y.size(2), y.size(3))
     plan = _plan(existing, *cells, outputs, max(channels, missing.size(1)))
-    _launch(
+    common.launch(
         input_kernel,
         plan.grid,
-        _nhwc(existing),
-        _nhwc(missing),
+        common.nhwc(existing),
+        common.nhwc(missing),
         mask.contiguous(),
-        _fold(weight, 0, weight.size(1)) if fold else weight,
+        common.fold(weight, 0, weight.size(1)) if fold else weight,
         None if bias is None else bias.contiguous(),
         y,
         0 if mask.size(0) == 1 else height * width,

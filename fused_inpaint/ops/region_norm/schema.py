@@ -7,13 +7,12 @@ region_moments, then region_norm; backwards region_norm_sums, then region_norm_g
 invstd are (G, 2, C) float64 with region 0 (mask 0) first.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._library import define, implement
+from ..._library import define, implement_in_triton
 from ..derivative import by_reference, wants_graph
 from . import reference
 
@@ -146,17 +145,6 @@ for suffix in ("", "_triton"):
     define(f"channel_pool_backward{suffix}(Tensor grad, Tensor x, Tensor pooled) -> Tensor", _gradient_fake)
 
 
-def _lazily(name: str) -> Callable[..., Any]:
-    """The Triton kernel of an operator; Triton is imported by the first call."""
-
-    def kernel(*arguments: Any) -> Any:
-        from . import triton_impl
-
-        return getattr(triton_impl, name)(*arguments)
-
-    return kernel
-
-
 for name in (
     "region_moments",
     "region_norm",
@@ -165,4 +153,4 @@ for name in (
     "channel_pool",
     "channel_pool_backward",
 ):
-    implement(f"{name}_triton", _lazily(name))
+    implement_in_triton(__package__, name)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..partial_conv.triton_impl import _launch, _nhwc
+from .. import triton_common as common
 
 
 @triton.jit
@@ -408,17 +408,17 @@ def _cut(x: Tensor, mask: Tensor, groups: int) -> _Cut:
 
 def region_moments(x: Tensor, mask: Tensor, instance: bool) -> tuple[Tensor, Tensor, Tensor]:
     """count (G, 2, 1 or C), mean and m2 (G, 2, C), float64."""
-    x, mask = _nhwc(x), _nhwc(mask)
+    x, mask = common.nhwc(x), common.nhwc(mask)
     groups, channels, planes = x.size(0) if instance else 1, x.size(1), mask.size(1)
     cut = _cut(x, mask, groups)
     partial = torch.empty(cut.grid[0], 4, 2, channels, dtype=torch.float32, device=x.device)
-    _launch(moments_kernel, cut.grid, x, mask, partial, *cut.sizes, **cut.flags)
+    common.launch(moments_kernel, cut.grid, x, mask, partial, *cut.sizes, **cut.flags)
     count = x.new_empty((groups, 2, planes), dtype=torch.float64)
     mean = x.new_empty((groups, 2, channels), dtype=torch.float64)
     m2 = torch.empty_like(mean)
     columns = mean.numel()
     sizes = (cut.per_group, columns, channels, planes)
-    _launch(merge_kernel, (triton.cdiv(columns, 32),), partial, count, mean, m2, *sizes, BLOCK_B=16, BLOCK=32)
+    common.launch(merge_kernel, (triton.cdiv(columns, 32),), partial, count, mean, m2, *sizes, BLOCK_B=16, BLOCK=32)
     return count, mean, m2
 
 
@@ -440,12 +440,12 @@ def region_norm(
     group: str,
 ) -> Tensor:
     """count, eps, instance and group are for the derivative."""
-    x, mask = _nhwc(x), _nhwc(mask)
+    x, mask = common.nhwc(x), common.nhwc(mask)
     cut = _cut(x, mask, mean.size(0))
     y = torch.empty_like(x)
     tensors = (x, mask, *_contiguous(mean, invstd, weight, bias, scale, shift), y)
     flags = {**cut.flags, "SHARED_BIAS": shared_bias, "ACTIVATION": activation}
-    _launch(normalize_kernel, cut.grid, *tensors, *cut.sizes, slope, **flags)
+    common.launch(normalize_kernel, cut.grid, *tensors, *cut.sizes, slope, **flags)
     return y
 
 
@@ -464,7 +464,7 @@ def region_norm_sums(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sums (G, 2, 2, C) float64; gradients of scale and shift, (N, 1, H, W) float32, empty without maps."""
-    grad, x, mask = _nhwc(grad), _nhwc(x), _nhwc(mask)
+    grad, x, mask = common.nhwc(grad), common.nhwc(x), common.nhwc(mask)
     images, channels, height, width = x.shape
     cut = _cut(x, mask, mean.size(0))
     pixels = images * height * width
@@ -474,7 +474,7 @@ def region_norm_sums(
         maps = torch.empty(cut.tiles, 2, images, 1, height, width, dtype=torch.float32, device=x.device)
     tensors = (grad, x, mask, *_contiguous(mean, invstd, weight, bias, scale, shift), partial, maps)
     flags = {**cut.flags, "SHARED_BIAS": shared_bias, "ACTIVATION": activation}
-    _launch(sums_kernel, cut.grid, *tensors, *cut.sizes, slope, pixels, **flags)
+    common.launch(sums_kernel, cut.grid, *tensors, *cut.sizes, slope, pixels, **flags)
     sums = partial.sum(1, dtype=torch.float64)
     if maps is None:
         return sums, partial.new_empty(0), partial.new_empty(0)
@@ -497,17 +497,17 @@ def region_norm_gradient(
     activation: str,
     slope: float,
 ) -> Tensor:
-    grad, x, mask = _nhwc(grad), _nhwc(x), _nhwc(mask)
+    grad, x, mask = common.nhwc(grad), common.nhwc(x), common.nhwc(mask)
     cut = _cut(x, mask, mean.size(0))
     grad_x = torch.empty_like(x)
     tensors = (grad, x, mask, *_contiguous(mean, invstd, means, weight, bias, scale, shift), grad_x)
     flags = {**cut.flags, "SHARED_BIAS": shared_bias, "ACTIVATION": activation}
-    _launch(gradient_kernel, cut.grid, *tensors, *cut.sizes, slope, **flags)
+    common.launch(gradient_kernel, cut.grid, *tensors, *cut.sizes, slope, **flags)
     return grad_x
 
 
 def channel_pool(x: Tensor) -> Tensor:
-    x = _nhwc(x)
+    x = common.nhwc(x)
     images, channels, height, width = x.shape
     pooled = x.new_empty((images, 2, height, width))
     _launch_pool(pool_kernel, (x, pooled), images, channels, height * width)
@@ -515,7 +515,7 @@ def channel_pool(x: Tensor) -> Tensor:
 
 
 def channel_pool_backward(grad: Tensor, x: Tensor, pooled: Tensor) -> Tensor:
-    x = _nhwc(x)
+    x = common.nhwc(x)
     images, channels, height, width = x.shape
     grad_x = torch.empty_like(x)
     tensors = (grad.contiguous(), x, pooled.contiguous(), grad_x)
@@ -527,7 +527,7 @@ def _launch_pool(kernel: Any, tensors: tuple[Tensor, ...], images: int, channels
     block_p, block_c = _tile(channels)
     pixels = images * plane
     grid = (triton.cdiv(pixels, block_p),)
-    _launch(kernel, grid, *tensors, pixels, plane, channels, BLOCK_P=block_p, BLOCK_C=block_c)
+    common.launch(kernel, grid, *tensors, pixels, plane, channels, BLOCK_P=block_p, BLOCK_C=block_c)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
