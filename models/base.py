@@ -4,25 +4,40 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Prediction(NamedTuple):
+    """What a network of one output returns."""
+
+    image: Tensor  # (N, C, H, W), in the [0, 1] range
+    mask: Tensor  # (N or 1, 1, H, W) uint8, where the prediction is defined: all ones unless a hole was never reached
 
 
 class InpaintingModel(nn.Module):
     """A network under the library's convention.
 
     `model(image, mask)` takes an image (N, C, H, W), float in [0, 1], and a mask (N or 1, 1 or C, H, W), 1 = valid and
-    0 = hole, of any size, and returns a named tuple of predictions with `.image` the final one. `model.inpaint(image,
-    mask)` keeps the known pixels, bit for bit, and fills the holes. `model.net` is the bare network, called as the
-    published one is. Subclasses set `key`, `channels`, `multiple` (of what the sides must be)
-    and `_predict`.
+    0 = hole, of any size, and returns a named tuple of predictions with `.image` the final one. What the image holds
+    under the mask's zeros is never read. Predictions leave training unclamped, for the losses, and are clamped to
+    [0, 1] in eval mode. `model.inpaint(image, mask)` keeps the known pixels, bit for bit, and fills the holes.
+    `model.net` is the bare network, called as the published one is, in its own range and mask polarity. `model.config`
+    are the arguments that built it.
+
+    Subclasses set `key`, `channels`, `multiple` (of what the sides must be) and `_predict`.
     """
 
     key: str
     channels: int
     multiple: int
     net: nn.Module
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
 
     def _predict(self, image: Tensor, mask: Tensor) -> Any:
         raise NotImplementedError
@@ -50,36 +65,80 @@ class InpaintingModel(nn.Module):
         return torch.where(mask.bool(), image, filled)
 
     def forward(self, image: Tensor, mask: Tensor) -> Any:
-        self._check(image, mask)
+        check_image(self.key, image, mask, self.channels)
         return self._predict(image, mask)
 
-    def _check(self, image: Tensor, mask: Tensor) -> None:
-        if image.dim() != 4 or not image.is_floating_point():
-            raise ValueError(f"{self.key}: image must be (N, C, H, W) float, got {tuple(image.shape)} {image.dtype}")
-        n, c, h, w = image.shape
-        if c != self.channels:
-            raise ValueError(f"{self.key}: image must have {self.channels} channels, got {tuple(image.shape)}")
-        if h == 0 or w == 0:
-            raise ValueError(f"{self.key}: image must have at least one pixel, got {tuple(image.shape)}")
-        if (
-            mask.dim() != 4
-            or mask.shape[2:] != image.shape[2:]
-            or mask.size(0) not in (1, n)
-            or mask.size(1) not in (1, c)
-        ):
-            raise ValueError(
-                f"{self.key}: mask must be ({n}, 1, {h}, {w}) or ({n}, {c}, {h}, {w}), got {tuple(mask.shape)}"
-            )
+    def _ranged(self, image: Tensor) -> Tensor:
+        """A prediction as `forward` returns it."""
+        return image if self.training else image.clamp(0, 1)
 
 
-class Prediction(NamedTuple):
-    """What a one-output network returns."""
+class Discriminator(nn.Module):
+    """A network that tells photos from filled ones, under the library's convention.
 
-    image: Tensor  # (N, C, H, W), in the [0, 1] range
-    mask: Tensor  # (N or 1, 1, H, W) uint8, where the prediction is defined: all ones unless a hole was never reached
+    `discriminator(image, mask, given=None)`: image (N, C, H, W) in [0, 1] real or filled, mask as for `InpaintingModel`
+    (1 = valid), `given` the photo that was to be filled, of which only valid pixels are read (`image` itself when
+    None). Returns raw scores, no sigmoid: a map, or a list of maps from the finest scale on. `.net` is the bare
+    network, called as the published one is.
+
+    Subclasses set `key`, `channels` and `_score`.
+    """
+
+    key: str
+    channels: int
+    net: nn.Module
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def _score(self, image: Tensor, mask: Tensor, given: Tensor) -> Any:
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, mask: Tensor, given: Tensor | None = None) -> Any:
+        given = image if given is None else given
+        for picture in (image, given):
+            check_image(self.key, picture, mask, self.channels)
+        return self._score(image, mask, given)
 
 
-def padding_to_multiple(size: int, multiple: int) -> tuple[int, int]:
-    """(before, after) that bring a side to the next multiple."""
-    missing = -size % multiple
+def check_image(key: str, image: Tensor, mask: Tensor, channels: int) -> None:
+    if image.dim() != 4 or not image.is_floating_point():
+        raise ValueError(f"{key}: image must be (N, C, H, W) float, got {tuple(image.shape)} {image.dtype}")
+    n, c, h, w = image.shape
+    if c != channels:
+        raise ValueError(f"{key}: image must have {channels} channels, got {tuple(image.shape)}")
+    if h == 0 or w == 0:
+        raise ValueError(f"{key}: image must have at least one pixel, got {tuple(image.shape)}")
+    if mask.dim() != 4 or mask.shape[2:] != image.shape[2:] or mask.size(0) not in (1, n) or mask.size(1) not in (1, c):
+        raise ValueError(f"{key}: mask must be ({n}, 1, {h}, {w}) or ({n}, {c}, {h}, {w}), got {tuple(mask.shape)}")
+
+
+class Padded(NamedTuple):
+    """An image of sides that a network takes, its mask, and where in it the given one lies."""
+
+    image: Tensor  # (N, C, H', W'), 0 where added
+    mask: Tensor  # (N or 1, 1 or C, H', W') as given, 0 (hole) where added
+    window: tuple[slice, slice, slice, slice]
+
+
+def pad_as_hole(image: Tensor, mask: Tensor, multiple: int, least: int = 1) -> Padded:
+    """Pad both, alike on either side, with hole, to sides that are a multiple of `multiple` and at least `least`."""
+    height, width = image.shape[2:]
+    (top, bottom), (left, right) = (_around(size, multiple, least) for size in (height, width))
+    around = (left, right, top, bottom)
+    if any(around):
+        image, mask = F.pad(image, around), F.pad(mask, around)
+    everything = slice(None)
+    return Padded(image, mask, (everything, everything, slice(top, top + height), slice(left, left + width)))
+
+
+def _around(size: int, multiple: int, least: int) -> tuple[int, int]:
+    """(before, after) that bring a side to what a network takes."""
+    missing = -(-max(size, least) // multiple) * multiple - size
     return missing // 2, missing - missing // 2
+
+
+def shared_hole(mask: Tensor) -> Tensor:
+    """(N or 1, 1, H, W) bool, true in holes, for networks with one mask plane: a hole where any channel has one."""
+    return (mask == 0).any(1, keepdim=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fused_inpaint.nn import PartialConv2d, PartialUpConv2d
 from fused_inpaint.ops import BatchNorm, Window, partial_conv2d, partial_window_chain
 
-from .base import IMAGENET_MEAN, IMAGENET_STD, InpaintingModel, Prediction, padding_to_multiple
+from .base import IMAGENET_MEAN, IMAGENET_STD, InpaintingModel, Prediction, pad_as_hole
 
 _SLOPE = 0.2
 
@@ -208,7 +208,7 @@ class PConv(InpaintingModel):
     std: Tensor
 
     def __init__(self, levels: int = 8, channels: int = 3, width: int = 64, upsampling: str = "nearest") -> None:
-        super().__init__()
+        super().__init__(levels=levels, channels=channels, width=width, upsampling=upsampling)
         self.net: PConvUNet = PConvUNet(levels, channels, width, upsampling)
         self.channels, self.multiple = channels, 2**levels
         known = channels == 3
@@ -220,18 +220,12 @@ class PConv(InpaintingModel):
         self.net.freeze_encoder_bn(frozen)
 
     def _predict(self, image: Tensor, mask: Tensor) -> Prediction:
-        height, width = image.shape[2:]
-        top, bottom = padding_to_multiple(height, self.multiple)
-        left, right = padding_to_multiple(width, self.multiple)
         x = (image - self.mean.to(image.dtype)) / self.std.to(image.dtype)
-        around = (left, right, top, bottom)
-        if any(around):
-            x, mask = F.pad(x, around), F.pad(mask, around)
+        x, mask, window = pad_as_hole(x, mask, self.multiple)
         masks = self.net.masks(mask)
         out, _ = self.net(x, mask, masks)
-        window = (slice(None), slice(None), slice(top, top + height), slice(left, left + width))
         out = out[window] * self.std.to(out.dtype) + self.mean.to(out.dtype)
-        return Prediction(out if self.training else out.clamp(0, 1), masks.out[window])
+        return Prediction(self._ranged(out), masks.out[window])
 
 
 def _row(values: tuple[float, ...]) -> Tensor:
