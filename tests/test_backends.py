@@ -148,3 +148,15 @@ def test_fresh_memory_is_poisoned(poisoned: None) -> None:
 
 def test_backends_are_public() -> None:
     assert fused_inpaint.use_backend is use_backend and issubclass(fused_inpaint.NoBackendError, RuntimeError)
+
+
+def test_triton_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_interpreted", False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: object())
+    assert _backends._without_triton() == "Triton needs a C compiler, and none is on PATH"
+    monkeypatch.setattr(_backends, "_interpreted", True)
+    assert _backends._without_triton() == ""
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
+    assert _backends._without_triton() == "Triton is not installed (fused-inpaint[triton])"

@@ -73,6 +73,9 @@ CASES = [
     dataclasses.replace(PAIR, name="empty_batch", batch=0),
 ]
 ALL = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# What an empty batch needs no operator for.
+FULL = pytest.mark.parametrize("case", CASES[:-1], ids=lambda case: case.name)
+PUBLISHED = [case for case in cases("regionwise_ops") if case.id == "absent" or "conv" in case.id]
 
 
 @pytest.fixture(autouse=True)
@@ -177,12 +180,8 @@ def test_gradcheck(name: str, backend: str, device: torch.device) -> None:
 
 @OPERATORS
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-@ALL
+@FULL
 def test_opcheck(backend: str, device: torch.device, case: Case, grad: bool) -> None:
-    if case.name == "empty_batch":
-        pytest.skip("an empty batch goes to the reference")
-    if backend == "triton" and case.select == "output":
-        pytest.skip("checked for the input form")
     s = sample(case, torch.float32, device)
     for leaf in s.leaves().values():
         leaf.requires_grad_(grad)
@@ -204,10 +203,8 @@ def test_opcheck(backend: str, device: torch.device, case: Case, grad: bool) -> 
         )
 
 
-@pytest.mark.parametrize("case", cases("regionwise_ops"), ids=lambda case: case["id"])
+@pytest.mark.parametrize("case", PUBLISHED)
 def test_published(case: dict, backend: str, device: torch.device) -> None:
-    if case["id"][:-1] not in ("conv", "deconv"):
-        pytest.skip(f"{case['id']} is not a convolution")
     a = tensors("regionwise_ops", case)
     layer = RegionConv2d(
         case["cc"],
@@ -276,13 +273,28 @@ def test_the_same_bits_from_run_to_run(backend: str, device: torch.device, name:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_fp16_and_bf16_under_autocast(backend: str, device: torch.device) -> None:
-    layer = RegionConv2d(4, 3, 3, padding=1).to(device)
-    x, mask = torch.randn(1, 4, 8, 8, device=device), torch.ones(1, 1, 8, 8, device=device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        y = layer(x, mask)
-    assert y.dtype == torch.bfloat16
-    assert_close(y, layer(x, mask).detach(), 2**-6)
+@pytest.mark.parametrize("dtype, rtol", [(torch.bfloat16, 2**-6), (torch.float16, 2**-9)], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("select", ["output", "input"])
+def test_autocast(backend: str, device: torch.device, select: str, dtype: torch.dtype, rtol: float) -> None:
+    """Values and gradients, in units of float32's; operands, results and gradients are each rounded once."""
+    layer = RegionConv2d(4, 3, 3, padding=1, select=select, missing_channels=4 if select == "input" else None)
+    layer.to(device)
+    mask = (torch.rand(1, 1, 8, 8, device=device) > 0.5).float()
+    maps = [torch.randn(1, 4, 8, 8, device=device, requires_grad=True) for _ in range(1 if select == "output" else 2)]
+    grad = torch.randn(1, 3, 8, 8, device=device)
+    found = []
+    for enabled in (False, True):
+        leaves = [*maps, *layer.parameters()]
+        for leaf in leaves:
+            leaf.grad = None
+        with torch.autocast(device.type, dtype=dtype, enabled=enabled):
+            y = layer(maps[0], mask, *maps[1:])
+        assert y.dtype == (dtype if enabled else torch.float32)
+        y.backward(grad.to(y.dtype))
+        assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for exact, rounded in zip(*found, strict=True):
+        assert_close(rounded, exact, rtol)
 
 
 class Block(nn.Module):
@@ -328,6 +340,7 @@ INPUT = {"select": "input"}
         (([X, X[1:]], M, V), INPUT, r"x must be \(2, C, 4, 5\) with C at least 1, got \(1, 3, 4, 5\)"),
         ((X, M[0], W), {}, r"mask must be \(2 or 1, 1, h, w\), got \(1, 4, 5\)"),
         ((X, X, W), {}, r"mask must be \(2 or 1, 1, h, w\), got \(2, 3, 4, 5\)"),
+        ((X, M / 2, W), {}, "mask must be 0 or 1 everywhere, got 0.5"),
         ((X, M.int(), W), {}, "mask must be uint8, bool or float, got torch.int32"),
         ((X, M, V), {}, r"weight must be \(2, O, 3, kh, kw\), got \(6, 6, 3, 3\)"),
         (([X, X], M, W[0]), INPUT, r"weight must be \(O, 6, kh, kw\), got \(6, 3, 3, 3\)"),

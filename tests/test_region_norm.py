@@ -57,8 +57,8 @@ CASES = [
     Case("empty_batch", size=(0, 3, 4, 4)),
 ]
 ALL = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# Statistics are over hundreds of values here and gradients are sums of them.
-SUMS = 4.0
+# What an empty batch needs no operator for.
+FULL = pytest.mark.parametrize("case", CASES[:-1], ids=lambda case: case.name)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_reference(
     actual, expected = results(x, mask, rest, grad), truth(x, mask, rest, grad)
     assert actual["y"].dtype == dtype and actual["x"].dtype == dtype
     for name, value in actual.items():
-        assert_close(value, expected[name], SUMS * rtol, atol, name)
+        assert_close(value, expected[name], rtol, atol, name)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NumPy in Triton's interpreter
@@ -135,7 +135,7 @@ def test_regions_do_not_leak(backend: str, device: torch.device, poisoned_region
         assert torch.equal(dirty[name][1 - poisoned_region], clean[name][1 - poisoned_region])
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-3), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
 @pytest.mark.parametrize("size", [(2, 6, 40, 50), (1, 33, 9, 9)])
 def test_large_means(
     backend: str, device: torch.device, size: tuple[int, ...], dtype: torch.dtype, atol: float
@@ -323,10 +323,8 @@ def test_autocast(backend: str, device: torch.device) -> None:
 
 
 @OPERATORS
-@ALL
+@FULL
 def test_opcheck(backend: str, device: torch.device, case: Case) -> None:
-    if case.name == "empty_batch":
-        pytest.skip("an empty batch goes to the reference")
     op, suffix = torch.ops.fused_inpaint, "_triton" if backend == "triton" else ""
     x, mask, rest = sample(case, torch.float32, device)
     v = x.detach().contiguous(memory_format=torch.channels_last)
@@ -365,6 +363,7 @@ PER_PIXEL = torch.ones(2, 1, 4, 5)
         ((X.int(), M), {}, "x must be float32, float64, float16 or bfloat16, got torch.int32"),
         ((X, M[..., 1:]), {}, r"mask must be \(2, 1, 4, 5\) or \(2, 3, 4, 5\), got \(2, 1, 4, 4\)"),
         ((X, M.int()), {}, "mask must be uint8, bool or float, got torch.int32"),
+        ((X, M / 2), {}, "mask must be 0 or 1 everywhere, got 0.5"),
         ((X, M, X[0, 0]), {}, r"weight must be \(2, 3\), got \(4, 5\)"),
         ((X, M, None, torch.ones(3)), {}, r"bias must be \(2, 3\), got \(3,\)"),
         ((X, M), {"eps": 0}, "eps must be more than 0, got 0"),
@@ -388,6 +387,8 @@ def test_refusals(arguments: tuple, options: dict, sentence: str) -> None:
 def test_layer_refusals() -> None:
     with pytest.raises(ValueError, match=r"^LearnedRegionNorm2d: threshold must be between 0 and 1, got 1$"):
         LearnedRegionNorm2d(4, threshold=1)
+    with pytest.raises(ValueError, match=r"^region_norm: mask must be 0 or 1 everywhere, got 0.5$"):
+        RegionNorm2d(3)(X, M[..., ::2] / 2)
     with pytest.raises(ValueError, match=r"^channel_pool: x must be of at least one channel, got \(1, 0, 2, 2\)$"):
         ops.channel_pool(torch.ones(1, 0, 2, 2))
 

@@ -9,9 +9,25 @@ from torch import Tensor, nn
 
 from ..ops import channel_pool, region_norm
 from ..ops.checks import check_mask_type
+from ..ops.masks import plane_of, resized
 
 
-class RegionNorm2d(nn.Module):
+class _RegionNorm(nn.Module):
+    """What both layers hand on to the op."""
+
+    def __init__(
+        self, num_features: int, eps: float, stats: str, activation: str, slope: float, process_group: Any
+    ) -> None:
+        super().__init__()
+        self.num_features, self.eps, self.stats = num_features, eps, stats
+        self.activation, self.slope, self.process_group = activation, slope, process_group
+
+    def _normalise(self, x: Tensor, mask: Tensor, **affine: Any) -> Tensor:
+        names = ("eps", "stats", "activation", "slope", "process_group")
+        return region_norm(x, mask, **{name: getattr(self, name) for name in names}, **affine)
+
+
+class RegionNorm2d(_RegionNorm):
     """Region normalization with a given mask (RN-B of Yu et al., "Region Normalization for Image Inpainting", 2020).
 
     `layer(x, mask)`: each region of the mask (1 and 0) is normalised by its own statistics, with its own weight and
@@ -48,9 +64,8 @@ class RegionNorm2d(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_features, self.eps, self.stats, self.shared_bias = num_features, eps, stats, shared_bias
-        self.activation, self.slope, self.process_group = activation, slope, process_group
+        super().__init__(num_features, eps, stats, activation, slope, process_group)
+        self.shared_bias = shared_bias
         size = (2, num_features)
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if affine else None
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if affine else None
@@ -58,25 +73,14 @@ class RegionNorm2d(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if mask.dim() == x.dim() == 4 and mask.shape[2:] != x.shape[2:] and mask.numel() and x.numel():
             check_mask_type("region_norm", mask)
-            mask = F.interpolate((mask != 0).to(torch.uint8), x.shape[2:], mode="nearest")
-        return region_norm(
-            x,
-            mask,
-            self.weight,
-            self.bias,
-            eps=self.eps,
-            stats=self.stats,
-            shared_bias=self.shared_bias,
-            activation=self.activation,
-            slope=self.slope,
-            process_group=self.process_group,
-        )
+            mask = resized(plane_of("region_norm", mask), x.shape[2:])
+        return self._normalise(x, mask, weight=self.weight, bias=self.bias, shared_bias=self.shared_bias)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, stats={self.stats!r}, shared_bias={self.shared_bias}"
 
 
-class LearnedRegionNorm2d(nn.Module):
+class LearnedRegionNorm2d(_RegionNorm):
     """Region normalization over a region that the layer finds itself (RN-L of Yu et al., 2020).
 
     `layer(x)`: the channels' mean and maximum, a 7 x 7 convolution and a sigmoid make a map; where it is at least
@@ -106,11 +110,10 @@ class LearnedRegionNorm2d(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_features, eps, stats, activation, slope, process_group)
         if not 0 < threshold < 1:
             raise ValueError(f"LearnedRegionNorm2d: threshold must be between 0 and 1, got {threshold}")
-        self.num_features, self.threshold, self.eps, self.stats = num_features, threshold, eps, stats
-        self.activation, self.slope, self.process_group = activation, slope, process_group
+        self.threshold = threshold
         self.map_conv = nn.Conv2d(2, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
         self.gamma_conv = nn.Conv2d(1, 1, 7, padding=3, device=device, dtype=dtype)
         self.beta_conv = nn.Conv2d(1, 1, 7, padding=3, device=device, dtype=dtype)
@@ -125,7 +128,7 @@ class LearnedRegionNorm2d(nn.Module):
         belongs = self.map(x)
         convs = (self.gamma_conv, self.beta_conv)
         gamma, beta = self._joint(belongs) if all(map(_is_plain, convs)) else (conv(belongs) for conv in convs)
-        return self._normalise(x, belongs, gamma, beta)
+        return self._normalise(x, belongs.detach() >= self.threshold, scale=1 + gamma, shift=beta)
 
     def _joint(self, belongs: Tensor) -> tuple[Tensor, ...]:
         # The two convolutions as one, with a second channel of zero weights: oneDNN takes three times as long on one
@@ -134,19 +137,6 @@ class LearnedRegionNorm2d(nn.Module):
         weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
         twice = belongs.expand(-1, 2, -1, -1).contiguous(memory_format=torch.channels_last)
         return F.conv2d(twice, F.pad(weight, (0, 0, 0, 0, 0, 1)), bias, padding=3).split(1, 1)
-
-    def _normalise(self, x: Tensor, belongs: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        return region_norm(
-            x,
-            belongs.detach() >= self.threshold,
-            scale=1 + gamma,
-            shift=beta,
-            eps=self.eps,
-            stats=self.stats,
-            activation=self.activation,
-            slope=self.slope,
-            process_group=self.process_group,
-        )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, threshold={self.threshold}, eps={self.eps}, stats={self.stats!r}"

@@ -120,6 +120,8 @@ def nhwc(t: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    if 0 in grid:
+        return
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Contraction to FMA is asked for in words, since Triton's default for it is about to change.

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..checks import Pair, check_mask_type, error, pair
+from ..masks import plane_of
 from .checks import check_call, check_chain, check_one_device, check_output_size, check_window
-from .dispatch import count, count_chain, plane_of, run
+from .dispatch import count, count_chain, run
 from .packing import PackedWeight
 from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 

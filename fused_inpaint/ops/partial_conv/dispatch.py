@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import _backends
 from ..checks import autocasts, check_mask, error, output_size
+from ..masks import counted_by_reference, plane_of
 from . import layer_ops as layer_ops  # defines operators
 from . import reference, routes
 from .packing import PackedWeight
@@ -200,7 +201,7 @@ def _given(op: str, sources: list[Tensor], masks: list[Tensor] | None, names: Se
 def count(op: str, planes: list[Tensor], channels: list[int], kernel: Sequence[int], geometry: Geometry) -> Window:
     upsample, stride, padding, dilation = geometry[:4]
     arguments = (planes, channels, upsample, list(kernel), stride, padding, dilation)
-    if _counts_by_reference(op, planes[0]):
+    if counted_by_reference(op, planes[0]):
         counts, mask = reference.partial_window(*arguments)
     else:
         counts, mask = ops.partial_window(*arguments)
@@ -208,7 +209,7 @@ def count(op: str, planes: list[Tensor], channels: list[int], kernel: Sequence[i
 
 
 def count_chain(op: str, planes: list[Tensor], steps: Sequence[WindowStep]) -> list[Window]:
-    if _counts_by_reference(op, planes[0]):
+    if counted_by_reference(op, planes[0]):
         known, counts = list(planes), []
         for step in steps:
             given = [known[i] for i in step.inputs]
@@ -227,32 +228,6 @@ def count_chain(op: str, planes: list[Tensor], steps: Sequence[WindowStep]) -> l
         )
         for at, step in enumerate(steps)
     ]
-
-
-def _counts_by_reference(op: str, mask: Tensor) -> bool:
-    """Triton's kernel sums masks on its way; where they are wanted alone, it is the library's work if there is one."""
-    device = mask.device.type
-    backend = _backends.choose(op, device)
-    return backend == "reference" or (backend == "triton" and not _backends.native(device))
-
-
-def plane_of(op: str, mask: Tensor, name: str = "mask") -> Tensor:
-    """The mask as bytes, checked to hold nothing but 0 and 1 where looking costs no synchronisation."""
-    if _counts_by_reference(op, mask):
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            odd = mask[(mask != 0) & (mask != 1)]
-            if odd.numel():
-                raise error(op, name, "0 or 1 everywhere", odd[0].item())
-        return (mask != 0).to(torch.uint8)
-    if torch.compiler.is_compiling():
-        plane: Tensor = ops.mask_plane(mask, f"{op}: {name}")
-        return plane
-    try:
-        return ops.mask_plane(mask, f"{op}: {name}")
-    except RuntimeError as failure:
-        # The kernel's own sentence, without the source line that torch puts before it.
-        sentence = str(failure).splitlines()[0]
-        raise ValueError(sentence[max(sentence.find(f"{op}: "), 0) :]) from None
 
 
 def _wide(weight: Tensor) -> torch.dtype:

@@ -30,10 +30,6 @@ def joint_batch(masks: Sequence[Tensor]) -> Any:
     return batch
 
 
-def _mask_plane_fake(mask: Tensor, name: str) -> Tensor:
-    return torch.empty(mask.shape, dtype=torch.uint8, device=mask.device)
-
-
 def _window_fake(masks, channels, upsample, kernel_size, stride, padding, dilation):  # type: ignore[no-untyped-def]
     batch = joint_batch(masks)
     height, width = (
@@ -220,7 +216,6 @@ def _bn_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
-define("mask_plane(Tensor mask, str name) -> Tensor", _mask_plane_fake)
 define(
     "partial_window(Tensor[] masks, int[] channels, int[] upsample, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation) -> (Tensor, Tensor)",

@@ -4,11 +4,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _backends
 from ..checks import LIMIT, Pair, autocasts, check_feature_map, check_mask_type, error, output_size, pair
+from ..masks import plane_of, resized
 from . import reference
 from .schema import ops
 
@@ -87,7 +87,7 @@ def region_conv2d(
     taps = weight.size(-1) * weight.size(-2) if select == "input" else 0
     backend = _backends.choose(op, maps[0].device.type, refusal=lambda name: _refusal(name, dtype, taps))
     size = out if select == "output" else tuple(maps[0].shape[2:])
-    plane = _resize((mask != 0).to(torch.uint8), size).contiguous()
+    plane = resized(plane_of(op, mask), size).contiguous()
     # oneDNN has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
     inner = torch.float32 if backend == "cpu" and dtype == torch.float16 else dtype
     maps, weight = [m.to(dtype).to(inner) for m in maps], weight.to(dtype).to(inner)
@@ -108,10 +108,6 @@ def region_conv2d(
             return getattr(reference, f"region_conv2d_{select}")(*arguments).to(dtype)
     suffix = "_triton" if backend == "triton" else ""
     return getattr(ops, f"region_conv2d_{select}{suffix}")(*arguments).to(dtype)
-
-
-def _resize(mask: Tensor, size: Sequence[int]) -> Tensor:
-    return mask if tuple(mask.shape[2:]) == tuple(size) else F.interpolate(mask, tuple(size), mode="nearest")
 
 
 def _refusal(name: str, dtype: torch.dtype, taps: int) -> str:

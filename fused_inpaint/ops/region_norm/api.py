@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ... import _backends
 from ..checks import FLOATS, check_feature_map, check_mask, error
+from ..masks import plane_of
 from . import reference, sync
 from .schema import ops
 
@@ -82,13 +83,14 @@ def region_norm(
         raise error(op, "process_group", "None in a compiled graph", "a group")
     group = "" if instance else sync.named(process_group)
     backend = _backends.choose(op, x.device.type, refusal=lambda name: _refusal(name, x.dtype))
+    plane = plane_of(op, mask)
     if backend == "reference" or (x.numel() == 0 and not group):
         point = (weight, bias, scale, shift, eps, instance, shared_bias, activation, slope)
-        return reference.region_norm(x, mask, *point, sync.differentiable_sum(group))
+        return reference.region_norm(x, plane, *point, sync.differentiable_sum(group))
     # A CPU computes float16 faster, and with one rounding less, in float32.
     inner = torch.float32 if backend == "cpu" and x.dtype == torch.float16 else x.dtype
     v = x.to(inner).contiguous(memory_format=torch.channels_last)
-    plane = (mask != 0).view(torch.uint8).contiguous(memory_format=torch.channels_last)
+    plane = plane.contiguous(memory_format=torch.channels_last)
     suffix = "_triton" if backend == "triton" else ""
     with torch.no_grad():
         count, mean, m2 = getattr(ops, f"region_moments{suffix}")(v.detach(), plane, instance)

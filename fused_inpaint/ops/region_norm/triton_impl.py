@@ -400,7 +400,8 @@ def _cut(x: Tensor, mask: Tensor, groups: int) -> _Cut:
     pixels = images * plane // groups
     block_p, block_c = _tile(channels)
     tiles = triton.cdiv(channels, block_c)
-    size = block_p * triton.cdiv(images * plane * tiles, block_p * _PROGRAMS)
+    # An empty batch has no programs, but its neighbours in a process group may have pixels.
+    size = block_p * max(1, triton.cdiv(images * plane * tiles, block_p * _PROGRAMS))
     per_group = triton.cdiv(pixels, size)
     flags = {"SHARED": mask.size(0) < images, "EACH": mask.size(1) > 1, "BLOCK_P": block_p, "BLOCK_C": block_c}
     return _Cut(groups, per_group, tiles, (per_group, size, pixels, plane, channels), flags)
