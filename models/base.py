@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all networks share: one convention outside (mask 1 = valid, image [0, 1], any size), the paper's own inside."""
 
+import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .files import read_safetensors, write_safetensors
+from .large import STRATEGIES, Bounds, Progress
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -17,7 +22,50 @@ class Prediction(NamedTuple):
     mask: Tensor  # (N or 1, 1, H, W) uint8, where the prediction is defined: all ones unless a hole was never reached
 
 
-class InpaintingModel(nn.Module):
+class Saved(nn.Module):
+    """What can be written to a file with the arguments that built it, and read back."""
+
+    key: str
+    part: str
+    net: nn.Module
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights and the configuration: to a .safetensors file, or to model.safetensors in a folder, which
+        is made."""
+        file = _file(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        about = {"key": self.key, "part": self.part, "config": self.config}
+        write_safetensors(file, self.net.state_dict(), about)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Any:
+        """The network of this class that `save_pretrained` wrote, in eval mode.
+
+        Raises:
+            ValueError: a file that is none, or another network's.
+        """
+        try:
+            state, about = read_safetensors(_file(path))
+        except Exception as error:  # whatever safetensors raises, the cause stays attached
+            raise ValueError(f"from_pretrained: path must hold a readable .safetensors file, got {path}") from error
+        if (about.get("key"), about.get("part")) != (cls.key, cls.part):
+            got = f"{about['key']} {about['part']}" if about else "a file that this library did not write"
+            raise ValueError(f"from_pretrained: path must hold a {cls.key} {cls.part}, got {got}: {path}")
+        model = cls(**about["config"])
+        model.net.load_state_dict(state)
+        dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+        return model.to(dtype).eval()
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "model.safetensors"
+
+
+class InpaintingModel(Saved):
     """A network under the library's convention.
 
     `model(image, mask)` takes an image (N, C, H, W), float in [0, 1], and a mask (N or 1, 1 or C, H, W), 1 = valid and
@@ -30,23 +78,38 @@ class InpaintingModel(nn.Module):
     Subclasses set `key`, `channels`, `multiple` (of what the sides must be) and `_predict`.
     """
 
-    key: str
+    part = "generator"
     channels: int
     multiple: int
-    net: nn.Module
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = config
 
     def _predict(self, image: Tensor, mask: Tensor) -> Any:
         raise NotImplementedError
 
-    def inpaint(self, image: Tensor, mask: Tensor) -> Tensor:
+    def inpaint(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        strategy: str = "whole",
+        *,
+        size: int = 512,
+        overlap: int = 64,
+        progress: Progress = lambda fraction, text: None,
+    ) -> Tensor:
         """The image with its holes filled, (N, C, H, W) in [0, 1]; known pixels are the input's own bits.
 
         Whatever the image holds under the mask's zeros is never read. Gradients do not flow; batch norm uses its
         running statistics.
+
+        Args:
+            strategy: for images larger than the network was trained for, or than memory takes at once: "whole";
+                "resize" (shrunk to `size`, the fill enlarged again); "tile" (tiles of `size` that fade into each other
+                over `overlap` pixels); "crop" (each group of holes with `overlap` pixels around it, shrunk to `size` if
+                larger); "subsample" (every k-th pixel an image of its own of at most `size`, DeepGIN's way).
+            size, overlap: pixels.
+            progress: called with the share that is done and a word for it.
+
+        Raises:
+            ValueError: an image or mask of wrong size, or an unknown strategy.
 
         >>> import torch, fused_inpaint
         >>> model = fused_inpaint.models.build_model("pconv", levels=3, width=8)
@@ -54,15 +117,29 @@ class InpaintingModel(nn.Module):
         >>> bool((model.inpaint(image, mask) == image)[mask.expand_as(image) == 1].all())
         True
         """
+        if strategy not in STRATEGIES:
+            raise ValueError(f"{self.key}: strategy must be one of {', '.join(STRATEGIES)}, got {strategy}")
+        if size < 8 or overlap < 0:
+            raise ValueError(f"{self.key}: size must be 8 or more and overlap 0 or more, got {size} and {overlap}")
+        check_image(self.key, image, mask, self.channels)
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             with torch.no_grad():
-                filled = self(image, mask).image.clamp(0, 1).to(image.dtype)
+                if strategy == "whole":
+                    filled = self._fill(image, mask)
+                else:
+                    known = torch.where(mask.bool(), image, 0)
+                    valid = (~shared_hole(mask)).to(image.dtype).expand(image.size(0), -1, -1, -1)
+                    filled = STRATEGIES[strategy](self._fill, known, valid, Bounds(size, overlap, progress))
         finally:
             for module, mode in modes:
                 module.training = mode
-        return torch.where(mask.bool(), image, filled)
+        return torch.where(mask.bool(), image, filled.clamp(0, 1))
+
+    def _fill(self, image: Tensor, mask: Tensor) -> Tensor:
+        found: Tensor = self(image, mask).image
+        return found.clamp(0, 1).to(image.dtype)
 
     def forward(self, image: Tensor, mask: Tensor) -> Any:
         check_image(self.key, image, mask, self.channels)
@@ -73,7 +150,7 @@ class InpaintingModel(nn.Module):
         return image if self.training else image.clamp(0, 1)
 
 
-class Discriminator(nn.Module):
+class Discriminator(Saved):
     """A network that tells photos from filled ones, under the library's convention.
 
     `discriminator(image, mask, given=None)`: image (N, C, H, W) in [0, 1] real or filled, mask as for `InpaintingModel`
@@ -84,13 +161,8 @@ class Discriminator(nn.Module):
     Subclasses set `key`, `channels` and `_score`.
     """
 
-    key: str
+    part = "discriminator"
     channels: int
-    net: nn.Module
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = config
 
     def _score(self, image: Tensor, mask: Tensor, given: Tensor) -> Any:
         raise NotImplementedError

@@ -11,11 +11,11 @@ from torch import Tensor
 _ENTRY = "fused_inpaint"
 
 
-def read_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, {"key", "part", "config"} if this library wrote the file, else {})"""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with safe_open(os.fspath(path), framework="pt") as file:
         metadata = file.metadata() or {}
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata.get(_ENTRY, "{}"))  # noqa: SIM118
 
