@@ -7,14 +7,25 @@ from typing import Any
 from . import nn as nn
 from . import ops
 from ._backends import NoBackendError, use_backend
-from .nn import LearnedRegionNorm2d, PartialConv2d, PartialUpConv2d, RegionConv2d, RegionNorm2d, prepack
+from .nn import (
+    LearnedRegionNorm2d,
+    PartialConv1d,
+    PartialConv2d,
+    PartialConv3d,
+    PartialUpConv2d,
+    RegionConv2d,
+    RegionNorm2d,
+    prepack,
+)
 
 __version__ = "0.1.0"
 # Without `nn`, which a star import would put in the place of torch's.
 __all__ = [
     "LearnedRegionNorm2d",
     "NoBackendError",
+    "PartialConv1d",
     "PartialConv2d",
+    "PartialConv3d",
     "PartialUpConv2d",
     "RegionConv2d",
     "RegionNorm2d",

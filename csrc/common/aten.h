@@ -39,6 +39,13 @@ inline Tensor empty(const std::vector<int64_t>& size, ScalarType dtype, const Te
   return torch::stable::empty(size, dtype, std::nullopt, like.device());
 }
 
+// Contiguous, of any rank.
+inline Tensor empty_of_size(const Tensor& like, ScalarType dtype) {
+  std::vector<int64_t> size;
+  for (int64_t d = 0; d < like.dim(); ++d) size.push_back(like.size(d));
+  return empty(size, dtype, like);
+}
+
 inline Tensor cast(const Tensor& t, ScalarType dtype) {
   Tensor out = empty_channels_last({t.size(0), t.size(1), t.size(2), t.size(3)}, dtype, t);
   torch::stable::copy_(out, t);

@@ -119,7 +119,7 @@ Tensor mask_plane(Tensor mask, std::string name) {
   // float16 to float32 is exact, and saves the kernels a type that the CPU does not compute in.
   const bool half = mask.scalar_type() == ScalarType::Half;
   const Tensor dense = torch::stable::contiguous(half ? torch::stable::to(mask, ScalarType::Float) : mask);
-  Tensor plane = empty({mask.size(0), mask.size(1), mask.size(2), mask.size(3)}, ScalarType::Byte, mask);
+  Tensor plane = empty_of_size(mask, ScalarType::Byte);
   uint8_t* out = mutable_data<uint8_t>(plane);
   std::optional<double> odd;
   switch (dense.scalar_type()) {

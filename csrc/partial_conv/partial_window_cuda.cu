@@ -140,7 +140,7 @@ void sum_windows(std::vector<WindowStep>& steps) {
 Tensor mask_plane(Tensor mask, std::string) {
   const DeviceGuard guard(mask);
   const Tensor dense = torch::stable::contiguous(mask);
-  Tensor plane = empty({mask.size(0), mask.size(1), mask.size(2), mask.size(3)}, ScalarType::Byte, mask);
+  Tensor plane = empty_of_size(mask, ScalarType::Byte);
   if (plane.numel() == 0) return plane;
   const unsigned n = index32(plane.numel());
   if (mask.scalar_type() == ScalarType::Bool || mask.scalar_type() == ScalarType::Byte)

@@ -3,13 +3,17 @@
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Window, WindowStep, partial_conv2d, partial_window
 from ..ops.partial_conv.packing import PackedWeight, folds, pack
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+_MODES = get_args(PaddingMode)
 
 
 class _Prepacked:
@@ -79,13 +83,34 @@ def _packed(layer: "PartialConv2d | PartialUpConv2d", sources: Sequence[Tensor],
     return layer._prepacked.get(layer.weight, [s.shape for s in sources], *geometry)
 
 
+def check_options(layer: str, padding: Any, multi_channel: Any, return_mask: Any, padding_mode: str) -> None:
+    least = padding if isinstance(padding, int) else -1 if isinstance(padding, str) else min(padding)
+    if least < 0:
+        axes = {"1": "one", "2": "two", "3": "three"}[layer[-2]]
+        raise ValueError(f"{layer}: padding must be an int or {axes} of at least 0, got {padding}")
+    for name, flag in (("multi_channel", multi_channel), ("return_mask", return_mask)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{layer}: {name} must be a bool, got {flag}")
+    if padding_mode not in _MODES:
+        raise ValueError(f"{layer}: padding_mode must be one of {', '.join(_MODES)}, got {padding_mode}")
+
+
+def padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, t: Tensor) -> Tensor:
+    """A map or a mask with the layer's padding around it, in its mode and the tensor's dtype."""
+    inner = t if t.is_floating_point() else t.to(torch.float32)  # torch pads no integers so
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inner, layer._reversed_padding_repeated_twice, mode).to(t.dtype)
+
+
 class PartialConv2d(nn.Conv2d):
     """Partial convolution layer, NVIDIA's argument for argument; drop-in for it and for `nn.Conv2d`.
 
     `layer(x, mask=None)` returns y, or (y, new_mask) with `return_mask=True`. Masks are 1 = valid, 0 = hole; x
     (N, C, H, W), mask (N or 1, 1 or C, H, W), y (N, O, H', W'), new_mask (N or 1, 1 or O, H', W'): O channels with
     `multi_channel=True`. Without a mask everything is valid and only the zero padding counts as hole ("partial
-    convolution as padding"). The equation, dtypes and errors are those of `fused_inpaint.ops.partial_conv2d`.
+    convolution as padding"). With `padding_mode` "circular", "reflect" or "replicate" the mask is padded as x is, so
+    that the border repeats valid values as valid and holes as holes. The equation, dtypes and errors are those of
+    `fused_inpaint.ops.partial_conv2d`.
 
     >>> import torch
     >>> from fused_inpaint import PartialConv2d
@@ -109,16 +134,12 @@ class PartialConv2d(nn.Conv2d):
         return_mask: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        padding_mode: PaddingMode = "zeros",
     ) -> None:
-        least = padding if isinstance(padding, int) else -1 if isinstance(padding, str) else min(padding)
-        if least < 0:
-            raise ValueError(f"PartialConv2d: padding must be an int or two of at least 0, got {padding}")
-        for name, flag in (("multi_channel", multi_channel), ("return_mask", return_mask)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"PartialConv2d: {name} must be a bool, got {flag}")
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
-        )
+        check_options("PartialConv2d", padding, multi_channel, return_mask, padding_mode)
+        geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(*geometry, padding_mode, device=device, dtype=dtype)
         _to_channels_last(self)
         self.multi_channel = multi_channel
         self.return_mask = return_mask
@@ -131,18 +152,27 @@ class PartialConv2d(nn.Conv2d):
 
     def _convolve(self, x: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         assert not isinstance(self.padding, str)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            padding = (0, 0)
+            x, mask = (t if t is None else padded(self, t) for t in (x, mask))  # type: ignore[assignment]
+        geometry = (self.stride, padding, self.dilation, self.groups)
         packed = _packed(self, [x], [1], *geometry)
         return partial_conv2d(x, mask, self.weight, self.bias, *geometry, packed=packed, **options)
 
     def window(self, mask: Tensor) -> Window:
         """This layer's window counts and new mask for an input mask (see `fused_inpaint.ops.partial_window`)."""
         assert not isinstance(self.padding, str)
-        return partial_window(mask, self.in_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            mask, padding = padded(self, mask), (0, 0)
+        return partial_window(mask, self.in_channels, self.kernel_size, self.stride, padding, self.dilation)
 
     def window_step(self, *inputs: int) -> WindowStep:
         """The same as a step of `fused_inpaint.ops.partial_window_chain`, for the mask of this number."""
         assert not isinstance(self.padding, str)
+        if self.padding_mode != "zeros":
+            raise ValueError(f"PartialConv2d: padding_mode must be zeros in a chain of masks, got {self.padding_mode}")
         geometry = (list(self.kernel_size), list(self.stride), list(self.padding), list(self.dilation))
         return WindowStep(list(inputs), [self.in_channels], [1], *geometry)
 
