@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of one rival's training step, in a process of its own: `python memory_probe.py FORM SIDE BATCH`.
 
-For "region ours" and "region dense", forward and backward of one region-wise layer, BATCH is the upsampling.
+For "region ours" and "region dense", forward and backward of one region-wise layer, BATCH is the upsampling; for
+"attention ours", "attention published", "gram_l1 ours" and "gram_l1 eager" it is 1.
 
 CPU tensors pass through no allocator that counts them, and counting tensors would miss what oneDNN takes for
 itself. So this reads the kernel's high-water mark of resident memory. To make that mark follow the live tensors,
@@ -45,12 +46,15 @@ def figures(form: str, side: int, batch: int) -> dict[str, float]:
 def main(form: str, side: int, batch: int, layout: str = "channels_last") -> dict[str, float]:
     import torch
     from harness import ON_GPU, THREADS
+    from pairwise_rivals import PairwiseStep
     from region_rivals import RegionStep
     from rivals import TrainingStep, fresh_network, on_device
 
-    def step_of(side: int, **size: int) -> TrainingStep | RegionStep:
+    def step_of(side: int, **size: int) -> TrainingStep | RegionStep | PairwiseStep:
         if form.startswith("region"):
             return RegionStep(form, side, upsample=batch)
+        if form.startswith(("attention", "gram_l1")):
+            return PairwiseStep(form, side)
         dtype = torch.bfloat16 if ON_GPU else torch.float32
         return TrainingStep(on_device(fresh_network(form, layout, **size), dtype), side, batch, layout, dtype)
 

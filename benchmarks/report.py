@@ -129,6 +129,23 @@ REGION_BARS = [
           quotient("region_conv memory", f"up{up} region ours peak", f"up{up} region dense peak")) for up in (1, 2)),
 ]
 
+PAIRWISE_BARS = [
+    Bar("self-attention 64x64, 64 channels, forward+backward: ours / bmm-softmax-bmm", "<=", 0.5,
+        mean_ratio(["attention"], "training", "ours", "published")),
+    Bar("self-attention 64x64, 64 channels, forward+backward, peak memory: ours / bmm-softmax-bmm", "<=", 0.2,
+        quotient("attention memory", "attention ours step", "attention published step")),
+    *(Bar(f"correlation L1 of 4096 positions, 128 channels, forward+backward, {what}: ours / eager", "<=", 0.5,
+          mean_ratio([f"gram_l1 positions {count}"], "training", "ours", "eager"))
+      for count, what in ((1, "one gradient"), (2, "both gradients"))),
+    Bar("correlation L1 of 4096 positions, forward+backward, peak extra memory: ours / eager", "<=", 0.05,
+        quotient("gram_l1 memory", "gram_l1 ours step", "gram_l1 eager step")),
+]
+
+BLOCK_BARS = [
+    Bar("AOT block forward: ours / eager", "<=", 0.85, mean_ratio(["aot_block"], "forward", "ours", "eager")),
+    Bar("AOT block forward+backward: ours / eager", "<=", 0.88, mean_ratio(["aot_block"], "training", "ours", "eager")),
+]
+
 ENC16, DEC16 = ([f"{name}{i} b16" for i in (2, 3, 4, 5)] for name in ("enc", "dec"))
 ALL_ENC, ALL_DEC = [f"{name} b16" for name in ENCODER], [f"{name} b16" for name in DECODER]
 DEEP = [f"{name}{i} b1" for name in ("enc", "dec") for i in (6, 7, 8)]
@@ -186,7 +203,10 @@ GPU_BARS = [
 # fmt: on
 
 # A smoke run takes the rows of both.
-BARS = [*([] if ON_GPU else CPU_BARS + REGION_BARS), *(GPU_BARS if ON_GPU or SMOKE else [])]
+BARS = [
+    *([] if ON_GPU else CPU_BARS + REGION_BARS + BLOCK_BARS + PAIRWISE_BARS),
+    *(GPU_BARS if ON_GPU or SMOKE else []),
+]
 
 
 def _git(*arguments: str) -> str:

@@ -8,27 +8,37 @@ from . import nn as nn
 from . import ops
 from ._backends import NoBackendError, use_backend
 from .nn import (
+    AOTBlock,
     LearnedRegionNorm2d,
     PartialConv1d,
     PartialConv2d,
     PartialConv3d,
     PartialUpConv2d,
+    PyramidConv2d,
     RegionConv2d,
     RegionNorm2d,
+    SelfAttention2d,
+    SPDBlock,
     prepack,
 )
 
 __version__ = "0.1.0"
 # Without `nn`, which a star import would put in the place of torch's.
 __all__ = [
+    "AOTBlock",
     "LearnedRegionNorm2d",
     "NoBackendError",
     "PartialConv1d",
     "PartialConv2d",
     "PartialConv3d",
     "PartialUpConv2d",
+    "PyramidConv2d",
     "RegionConv2d",
     "RegionNorm2d",
+    "SPDBlock",
+    "SelfAttention2d",
+    "losses",
+    "masks",
     "models",
     "ops",
     "prepack",
@@ -37,7 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The networks load on first use; the layers alone stay light.
-    if name == "models":
-        return importlib.import_module(".models", __name__)
+    # Loaded on first use; the layers alone stay light.
+    if name in ("losses", "masks", "models"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people really run: partial convolution in plain PyTorch, for benchmarks, the demo and tests.
+"""What people really run, in plain PyTorch, for benchmarks, the demo and tests.
 
 These layers cost what the widespread PyTorch versions cost: whole-tensor element-wise passes and a mask convolution
 as wide as the feature convolution. They are not the library's reference (`use_backend("reference")`); ours is
 measured against them.
 Masks: 1 = valid, 0 = hole, in the dtype of the features.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -294,3 +296,55 @@ class TwoFilterConv2d(nn.Module):
         filters = zip(self.weight.chunk(2), self.bias, strict=True)
         hole, valid = (F.conv2d(x, w, b, padding=1) for w, b in filters)
         return torch.where(mask != 0, valid, hole)
+
+
+class SeparateBranchAOTBlock(nn.Module):
+    """AOT-GAN's block as published: a padding, a convolution and a ReLU for each rate, concatenated; the gate's
+    normalization and the blend in eager operators. State-dict names are the published ones."""
+
+    def __init__(self, channels: int, rates: Sequence[int] = (1, 2, 4, 8)) -> None:
+        super().__init__()
+        self.branches = len(rates)
+        for i, rate in enumerate(rates):
+            conv = nn.Conv2d(channels, channels // len(rates), 3, dilation=rate)
+            self.add_module(f"block{i:02d}", nn.Sequential(nn.ReflectionPad2d(rate), conv, nn.ReLU(inplace=True)))
+        self.fuse = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3))
+        self.gate = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.fuse(torch.cat([self.get_submodule(f"block{i:02d}")(x) for i in range(self.branches)], 1))
+        return published_gated_blend(x, f, self.gate(x))
+
+
+def published_gated_blend(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
+    """ops.gated_blend as AOT-GAN's code writes it; all (N, C, H, W)."""
+    mean = gate.mean((2, 3), keepdim=True)
+    std = gate.std((2, 3), keepdim=True) + 1e-9
+    g = torch.sigmoid(5 * (2 * (gate - mean) / std - 1))
+    return x * (1 - g) + f * g
+
+
+class NonLocalBlock(nn.Module):
+    """The non-local block (embedded Gaussian) as DeepGIN's code writes it: the H W x H W scores are a tensor, and so is
+    their softmax. Parameters under the published names."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = channels // 2
+        self.g, self.theta, self.phi = (nn.Conv2d(channels, inner, 1) for _ in range(3))
+        self.W = nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, theta, phi = (conv(x).flatten(2) for conv in (self.g, self.theta, self.phi))  # (N, inner, H W)
+        scores = torch.bmm(theta.mT, phi)
+        y = torch.bmm(F.softmax(scores, dim=-1), g.mT)
+        return self.W(y.mT.unflatten(2, x.shape[2:])) + x
+
+
+class CorrelationL1(nn.Module):
+    """Sum of absolute differences of two maps' H W x H W Gram matrices, as the correlation loss (Ma et al. 2022, eq. 4)
+    is written without thinking of memory."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        x, y = a.flatten(2), b.flatten(2)
+        return (torch.bmm(x.mT, x) - torch.bmm(y.mT, y)).abs().sum((1, 2))

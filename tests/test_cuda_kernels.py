@@ -15,7 +15,14 @@ from torch.utils.cpp_extension import include_paths
 KERNELS = sorted((build.ROOT / "csrc").glob("*/*_cuda.cu"))
 VALUES = [
     f"tests/test_{op}.py"
-    for op in ("partial_conv", "partial_conv_gpu_ops", "region_norm", "region_norm_kernels", "region_conv")
+    for op in (
+        "partial_conv",
+        "partial_conv_gpu_ops",
+        "region_norm",
+        "region_norm_kernels",
+        "region_conv",
+        "gated_blend",
+    )
 ]
 SUITE = VALUES + [
     f"tests/test_partial_conv_{part}.py" for part in ("numerics", "properties", "layers", "errors", "compile")
@@ -37,7 +44,7 @@ def run_suite(library: Path, arguments: list[str], sanitize: bool, reverse: bool
 def test_op_suite_on_emulated_kernels(reverse: bool) -> None:
     """Every test of the operators, with the kernels' threads and blocks in either order."""
     # The second route is the partial convolution's, and tracing does not depend on the kernel inside.
-    selected = "cuda and not (cuda_vendor and (region or opcheck or compile or export))"
+    selected = "cuda and not (cuda_vendor and (region or gated or opcheck or compile or export))"
     if reverse:
         selected += " and not (opcheck or compile)"
     run_suite(build.build(KERNELS), [*(VALUES if reverse else SUITE), "-k", selected], sanitize=False, reverse=reverse)

@@ -31,6 +31,15 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
+inline std::vector<int64_t> sizes(const Tensor& t) {
+  std::vector<int64_t> out;
+  for (int64_t d = 0; d < t.dim(); ++d) out.push_back(t.size(d));
+  return out;
+}
+
+// Gradients of parameters are summed in these.
+inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
 inline Tensor empty_channels_last(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& like) {
   return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
 }

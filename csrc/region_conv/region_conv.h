@@ -14,11 +14,10 @@
 
 #include "common/aten.h"
 #include "common/fold.h"
+#include "common/padding.h"
 #include "common/simd.h"
 
 namespace fused_inpaint {
-
-enum class Padding { zeros, reflect, replicate };
 
 // The convolution along one axis. Folded: 3 taps, padding 1 after a nearest x2, run at the low resolution
 // (common/fold.h) by 2 taps over size + 1 positions; the output's coordinate 2i + a is phase a of position i + a.
@@ -41,12 +40,6 @@ struct Side {
   FUSED_INPAINT_INLINE int64_t target(int64_t position, int64_t phase) const {
     return folded ? 2 * position - phase : position;
   }
-  FUSED_INPAINT_INLINE static int64_t padded(int64_t i, int64_t size, Padding mode) {
-    if (i >= 0 && i < size) return i;
-    if (mode == Padding::zeros) return -1;
-    if (mode == Padding::replicate) return i < 0 ? 0 : size - 1;
-    return i < 0 ? -i : 2 * (size - 1) - i;
-  }
 };
 
 struct Geometry {
@@ -64,14 +57,10 @@ inline Geometry describe(const Tensor& x, const Tensor& weight, int64_t upsample
                          const std::string& activation) {
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "region_conv2d: stride, padding and dilation must have two values");
-  STD_TORCH_CHECK(padding_mode == "zeros" || padding_mode == "reflect" || padding_mode == "replicate",
-                  "region_conv2d: padding_mode must be zeros, reflect or replicate, got ", padding_mode);
   STD_TORCH_CHECK(activation == "none" || activation == "elu", "region_conv2d: activation must be none or elu, got ",
                   activation);
   STD_TORCH_CHECK(upsample == 1 || upsample == 2, "region_conv2d: upsample must be 1 or 2, got ", upsample);
-  const Padding mode = padding_mode == "zeros"     ? Padding::zeros
-                       : padding_mode == "reflect" ? Padding::reflect
-                                                   : Padding::replicate;
+  const Padding mode = parse_padding("region_conv2d", padding_mode);
   Geometry g{{}, stride, padding, dilation, activation == "elu"};
   bool folded = upsample == 2;
   for (int d = 0; d < 2; ++d) {
@@ -135,18 +124,9 @@ inline Geometry describe_input(const Tensor& existing, const Tensor& missing, co
   return g;
 }
 
-inline std::vector<int64_t> sizes(const Tensor& t) {
-  std::vector<int64_t> out;
-  for (int64_t d = 0; d < t.dim(); ++d) out.push_back(t.size(d));
-  return out;
-}
-
 // (N, O, H', W')
 inline std::vector<int64_t> output_sizes(const Tensor& x, int64_t outputs, const Geometry& g) {
   return {x.size(0), outputs, g.side[0].out, g.side[1].out};
 }
-
-// Gradients of parameters are summed in these.
-inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
 }  // namespace fused_inpaint

@@ -3,27 +3,13 @@
 #define FUSED_INPAINT_DEVICE cpu
 #include "region_conv/region_conv.h"
 
-#include <cmath>
 #include <tuple>
 
+#include "common/exp.h"
 #include "region_conv/region_rows_cpu.h"
 
 namespace fused_inpaint::cpu {
 namespace {
-
-// exp(x) - 1 for x <= 0 (a NaN stays one), to a unit in the last place and as arithmetic that compiles into vectors.
-FUSED_INPAINT_INLINE float exp_minus_one(float x) {
-  x = x < -30.0f ? -30.0f : x;  // -1 in float
-  // x = n ln 2 + r: adding 1.5 * 2^23 rounds to an integer, which then is in the low bits.
-  const float rounded = x * 1.44269504f + 12582912.0f, n = rounded - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = r * (1.0f / 5040) + 1.0f / 720;
-  p = ((p * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6;
-  p = (p * r + 0.5f) * r * r + r;  // exp(r) - 1
-  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(rounded) + 127u) << 23);
-  return power * p + (power - 1.0f);
-}
-FUSED_INPAINT_INLINE double exp_minus_one(double x) { return std::expm1(x); }
 
 template <bool elu, typename A>
 FUSED_INPAINT_INLINE A activate(A v) {

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/cuda_types.cuh"
+#include "common/frame.cuh"
 #include "common/launch.cuh"
 #include "region_conv/region_conv.h"
 
@@ -43,63 +44,12 @@ struct Regions {
   __device__ unsigned operator()(unsigned pixel) const { return !mask || mask[pixel % pixels] != 0; }
 };
 
-// The input of the convolution: maps (n, h, w), upsampled and then padded, unless the convolution pads with zeros
-// itself.
-struct Frame {
-  unsigned n, h, w, up, rows, columns, padded_h, padded_w;  // rows, columns: of padding on each side
-  Padding mode;
-
-  Frame(const Tensor& x, const Geometry& g)
-      : n(index32(x.size(0))),
-        h(index32(x.size(2))),
-        w(index32(x.size(3))),
-        up(g.folded() ? 1 : index32(g.side[0].upsample)),
-        rows(0),
-        columns(0),
-        mode(g.folded() ? Padding::replicate : g.side[0].mode) {
-    if (g.side[0].mode != Padding::zeros) {
-      rows = index32(g.side[0].padding);
-      columns = index32(g.side[1].padding);
-    }
-    padded_h = h * up + 2 * rows;
-    padded_w = w * up + 2 * columns;
-  }
-  bool plain() const { return up == 1 && rows == 0 && columns == 0; }
-  // The pixel of the maps that a pixel of the padded batch copies.
-  __device__ unsigned source(unsigned pixel) const {
-    const unsigned row = pixel / padded_w, j = along(pixel % padded_w, w, columns);
-    return (row / padded_h * h + along(row % padded_h, h, rows)) * w + j;
-  }
-  // Calls visit(padded pixel) for the copies of a pixel of the maps, in a fixed order.
-  template <typename F>
-  __device__ void copies(unsigned pixel, F&& visit) const {
-    const unsigned row = pixel / w, first = row / h * padded_h;
-    each(row % h, h, rows,
-         [&](unsigned i) { each(pixel % w, w, columns, [&](unsigned j) { visit((first + i) * padded_w + j); }); });
-  }
-
- private:
-  __device__ unsigned along(unsigned i, unsigned size, unsigned pad) const {
-    const int64_t at = Side::padded(static_cast<int64_t>(i) - pad, size * up, mode);
-    return static_cast<unsigned>(at) / up;
-  }
-  template <typename F>
-  __device__ void each(unsigned i, unsigned size, unsigned pad, F&& visit) const {
-    const unsigned last = size * up - 1;
-    for (unsigned u = i * up; u < (i + 1) * up; ++u) {
-      visit(pad + u);
-      if (mode == Padding::reflect) {
-        if (u > 0 && u <= pad) visit(pad - u);
-        if (u < last && last - u <= pad) visit(pad + 2 * last - u);
-      } else {
-        if (u == 0)
-          for (unsigned p = 0; p < pad; ++p) visit(p);
-        if (u == last)
-          for (unsigned p = 0; p < pad; ++p) visit(pad + last + 1 + p);
-      }
-    }
-  }
-};
+// The input of the convolution, which pads with zeros itself and has the upsample folded into it.
+Frame frame_of(const Tensor& x, const Geometry& g) {
+  const bool pads = g.side[0].mode != Padding::zeros;
+  return Frame(x, g.folded() ? 1 : g.side[0].upsample, pads ? g.side[0].padding : 0, pads ? g.side[1].padding : 0,
+               g.folded() ? Padding::replicate : g.side[0].mode);
+}
 
 // (n, padded_h, padded_w, valid_c + hole_c)
 template <typename T, int V>
@@ -271,7 +221,7 @@ struct Operands {
 
 Tensor operand(const Tensor& valid_, const Tensor* missing, const Tensor* mask, const Geometry& g) {
   const Tensor valid = channels_last(valid_);
-  const Frame frame(valid, g);
+  const Frame frame = frame_of(valid, g);
   if (!missing && frame.plain()) return valid;
   const Tensor hole = missing ? channels_last(*missing) : valid;
   const unsigned valid_c = index32(valid.size(1)), hole_c = missing ? index32(hole.size(1)) : 0;
@@ -292,7 +242,7 @@ Tensor operand(const Tensor& valid_, const Tensor* missing, const Tensor* mask, 
 
 void split(const Tensor& grad, const Tensor* mask, const Geometry& g, Tensor* valid, unsigned valid_c, Tensor* hole,
            unsigned hole_c, const Tensor& like) {
-  const Frame frame(like, g);
+  const Frame frame = frame_of(like, g);
   index32(grad.numel());
   dispatch(grad.scalar_type(), [&]<typename T>() {
     with_pack<T>(valid_c | hole_c, {&grad, valid, hole}, [&]<int V>() {
@@ -421,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor> region_conv2d_output_backward(Tensor grad, Te
   const auto [grad_operand, grad_filters] = aten_convolution_backward(
       grad_conv, operand(x, nullptr, nullptr, g), stacked(weight), conv_geometry(g), need_x, need_weight);
   if (need_x) {
-    if (Frame(x, g).plain())
+    if (frame_of(x, g).plain())
       grad_x = *grad_operand;
     else
       split(*grad_operand, nullptr, g, &grad_x, index32(channels), nullptr, 0, x);

@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/dispatch.h"
+#include "common/chunks.h"
 #include "region_norm/region_norm.h"
 
 namespace fused_inpaint::cpu {
@@ -26,22 +26,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Values that are worth a thread: those of a chunk, which stay in the second-level cache.
-constexpr int64_t kGrain = 32768;
-
-// All pixels of a chunk are of one group.
-struct Chunks {
-  int64_t pixels, size, per_group, n, grain;
-  explicit Chunks(const Regions& r)
-      : pixels(r.pixels() / r.groups),
-        size(std::clamp<int64_t>(kGrain / r.c, 32, 4096)),
-        per_group(ceil_div(pixels, size)),
-        n(per_group * r.groups),
-        grain(std::max<int64_t>(1, kGrain / (r.c * std::min(size, pixels)))) {}
-  int64_t group(int64_t chunk) const { return chunk / per_group; }
-  int64_t begin(int64_t chunk) const { return group(chunk) * pixels + chunk % per_group * size; }
-  int64_t end(int64_t chunk) const { return std::min(begin(chunk) + size, (group(chunk) + 1) * pixels); }
-};
+Chunks chunks_of(const Regions& r) { return Chunks(r.pixels() / r.groups, r.groups, r.c); }
 
 // Runs body(chunk, scratch) for all, with as much scratch memory as a table takes.
 template <typename A, typename F>
@@ -94,20 +79,6 @@ struct Run {
     return column + region * regions.c;
   }
 };
-
-// Asks for what lies 8 KB behind n elements about to be read: the processor's own guesses stop at the page, or lose
-// their way where several pixels are read at once.
-template <typename T>
-FUSED_INPAINT_INLINE void fetch_ahead(const T* p, int64_t n) {
-#ifdef __GNUC__
-  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + 8192;
-  for (uintptr_t byte = 0; byte < n * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(at + byte), 0, 2);
-#endif
-}
-
-// Pixels that are summed in the accumulator's type before the sum goes to one in double.
-constexpr int kTogether = 4;
 
 // Adds K pixels to the sums over each region (Run::of) of the deviations from `shift`, and of their squares.
 template <int K, bool per_channel, typename T>
@@ -383,14 +354,6 @@ FUSED_INPAINT_CLONES void sums_chunk(const T* grad, const T* x, Regions regions,
   }
 }
 
-// (chunks, n) to n
-FUSED_INPAINT_CLONES void merge_sums(const double* __restrict partial, int64_t chunks, int64_t n,
-                                     double* __restrict sums) {
-  std::fill(sums, sums + n, 0.0);
-  for (int64_t b = 0; b < chunks; ++b)
-    for (int64_t i = 0; i < n; ++i) sums[i] += partial[b * n + i];
-}
-
 template <typename T, Activation kind, bool per_channel>
 FUSED_INPAINT_CLONES void gradient_chunk(const T* grad, const T* x, Regions regions, const acc_t<T>* table,
                                          acc_t<T>* scratch, Maps<acc_t<T>> maps, acc_t<T> slope, T* grad_x,
@@ -468,7 +431,7 @@ void dispatch(const Tensor& x, const Regions& regions, const Point& point, F&& b
 void moments(const Tensor& x, const Regions& regions, Tensor& count, Tensor& mean, Tensor& m2) {
   dispatch_float("region_norm", x.scalar_type(), [&]<typename T>() {
     with_flag(regions.mask_c > 1, [&]<bool per_channel>() {
-      const Chunks chunks(regions);
+      const Chunks chunks = chunks_of(regions);
       const int64_t c = regions.c, p = regions.mask_c;
       std::vector<double> counts(chunks.n * 2 * p), means(chunks.n * 2 * c), m2s(chunks.n * 2 * c);
       const T* v = data<T>(x);
@@ -493,7 +456,7 @@ void normalize(const Tensor& x, const Regions& regions, const Tensor& mean, cons
     const Table<A> table(mean, invstd, nullptr, point);
     const T* v = data<T>(x);
     T* o = mutable_data<T>(y);
-    const Chunks chunks(regions);
+    const Chunks chunks = chunks_of(regions);
     for_chunks<A>(chunks, regions.c, [&](int64_t b, A* scratch) {
       normalize_chunk<T, kind, per_channel>(v, regions, table.of(chunks.group(b)), scratch, Maps<A>(point),
                                             static_cast<A>(point.slope), o, chunks.begin(b), chunks.end(b));
@@ -508,7 +471,7 @@ void gradient_sums(const Tensor& grad, const Tensor& x, const Regions& regions, 
     const Table<A> table(mean, invstd, nullptr, point);
     const T *d = data<T>(grad), *v = data<T>(x);
     A *to_scale = mutable_data<A>(grad_scale), *to_shift = mutable_data<A>(grad_shift);
-    const Chunks chunks(regions);
+    const Chunks chunks = chunks_of(regions);
     const int64_t c = regions.c;
     std::vector<double> partial(chunks.n * 4 * c);
     for_chunks<A>(chunks, c, [&](int64_t b, A* scratch) {
@@ -531,7 +494,7 @@ void gradient(const Tensor& grad, const Tensor& x, const Regions& regions, const
     const Table<A> table(mean, invstd, &means, point);
     const T *d = data<T>(grad), *v = data<T>(x);
     T* o = mutable_data<T>(grad_x);
-    const Chunks chunks(regions);
+    const Chunks chunks = chunks_of(regions);
     for_chunks<A>(chunks, regions.c, [&](int64_t b, A* scratch) {
       gradient_chunk<T, kind, per_channel>(d, v, regions, table.of(chunks.group(b)), scratch, Maps<A>(point),
                                            static_cast<A>(point.slope), o, chunks.begin(b), chunks.end(b));

@@ -5,8 +5,7 @@
 #define FUSED_INPAINT_DEVICE cuda
 #include <cmath>
 
-#include "common/cuda_types.cuh"
-#include "common/launch.cuh"
+#include "common/reduce.cuh"
 #include "region_norm/region_norm_host.h"
 
 namespace fused_inpaint::cuda {
@@ -51,22 +50,6 @@ struct Map {
     if (activation == Activation::relu) return through<Activation::relu>(g, v, slope);
     if (activation == Activation::leaky_relu) return through<Activation::leaky_relu>(g, v, slope);
     return g;
-  }
-};
-
-// A chunk's pixels are all of one group.
-struct Chunks {
-  unsigned pixels, size, per_group, n;
-  Chunks(const Regions& r, int64_t size_)
-      : pixels(index32(r.pixels() / r.groups)),
-        size(index32(size_)),
-        per_group(index32(ceil_div(pixels, size_))),
-        n(index32(per_group * r.groups)) {}
-  __device__ unsigned group(unsigned chunk) const { return chunk / per_group; }
-  __device__ unsigned begin(unsigned chunk) const { return group(chunk) * pixels + chunk % per_group * size; }
-  __device__ unsigned end(unsigned chunk) const {
-    const unsigned all = (group(chunk) + 1) * pixels, end = begin(chunk) + size;
-    return end < all ? end : all;
   }
 };
 
@@ -115,11 +98,8 @@ Tensor tabulated(const Tensor& mean, const Tensor& invstd, const Tensor* means, 
   return table;
 }
 
-// Blocks of few pixels while there are too few blocks to fill a GPU, then of more: each thread gets 16.
-Chunks pass_chunks(const Regions& regions, dim3 threads) {
-  const int64_t rows = threads.y;
-  return Chunks(regions, rows * std::clamp<int64_t>(regions.pixels() / (rows * 2048), 1, 16));
-}
+Chunks pass_chunks(const Regions& r, dim3 threads) { return pass_chunks(r.pixels() / r.groups, r.groups, threads); }
+Chunks tile_chunks(const Regions& r) { return tile_chunks(r.pixels() / r.groups, r.groups); }
 
 template <typename T, int V, bool per_channel>
 __global__ void normalize_kernel(const T* x, Map<acc_t<T>> map, Chunks chunks, const acc_t<T>* table, T* y) {
@@ -166,80 +146,6 @@ __global__ void gradient_kernel(const T* grad, const T* x, Map<acc_t<T>> map, Ch
   }
 }
 
-// One block reduces one chunk of pixels for a tile of channels: thread (x, y) takes pack x of every pixel y of kRows.
-template <int V>
-struct Tile {
-  static constexpr int kPacks = V == 1 ? 32 : 8, kRows = kThreads / kPacks, kChannels = kPacks * V;
-};
-
-Chunks tile_chunks(const Regions& regions) {
-  return Chunks(regions, std::max<int64_t>(64, ceil_div(regions.pixels(), 512)));
-}
-template <int V>
-unsigned tiles(int64_t channels) {
-  return static_cast<unsigned>(ceil_div(channels, Tile<V>::kChannels));
-}
-template <int V>
-dim3 tile_threads() {
-  return dim3(Tile<V>::kPacks, Tile<V>::kRows);
-}
-
-// Joins what the rows of a block have, by a tree: join(value, of_other_row). Row 0 has the result. `scratch` has room
-// for half the block's.
-template <int V, typename Value, typename F>
-__device__ void join_rows(Value& value, Value* scratch, F join) {
-  const unsigned x = threadIdx.x, y = threadIdx.y;
-  for (unsigned rows = Tile<V>::kRows / 2; rows > 0; rows /= 2) {
-    __syncthreads();
-    if (y >= rows && y < 2 * rows) scratch[(y - rows) * Tile<V>::kPacks + x] = value;
-    __syncthreads();
-    if (y < rows) join(value, scratch[y * Tile<V>::kPacks + x]);
-  }
-}
-
-// Moments of V channels in one region: n values around base + mean, and their squared deviations from that. All stays
-// small where values are large but near each other.
-template <typename A, int V>
-struct Moments {
-  Pack<A, V> n, base, mean, m2;
-};
-
-// While values come in, mean is their sum and m2 that of their squares, from the first as base.
-template <typename A, int V>
-__device__ void add(Moments<A, V>& m, int i, A x) {
-  if (m.n.v[i] == 0) m.base.v[i] = x;
-  const A d = x - m.base.v[i];
-  m.n.v[i] += 1;
-  m.mean.v[i] += d;
-  m.m2.v[i] += d * d;
-}
-
-template <typename A, int V>
-__device__ void finish(Moments<A, V>& m) {
-  for (int i = 0; i < V; ++i) {
-    const A sum = m.mean.v[i];
-    if (m.n.v[i] == 0) continue;
-    m.mean.v[i] = sum / m.n.v[i];
-    const A m2 = m.m2.v[i] - sum * m.mean.v[i];
-    m.m2.v[i] = m2 < 0 ? A(0) : m2;
-  }
-}
-
-// Chan's rule.
-template <typename A, int V>
-__device__ void join(Moments<A, V>& m, const Moments<A, V>& other) {
-  for (int i = 0; i < V; ++i) {
-    const A n = other.n.v[i], both = m.n.v[i] + n;
-    if (n == 0) continue;
-    if (m.n.v[i] == 0) m.base.v[i] = other.base.v[i];
-    const A apart = (other.base.v[i] - m.base.v[i]) + (other.mean.v[i] - m.mean.v[i]);
-    const A share = n / both;
-    m.m2.v[i] += other.m2.v[i] + apart * apart * m.n.v[i] * share;
-    m.mean.v[i] += apart * share;
-    m.n.v[i] = both;
-  }
-}
-
 // partial: (chunks, 4, 2, C), the parts of Moments
 template <typename T, int V, bool per_channel>
 __global__ void moments_kernel(const T* x, Map<acc_t<T>> map, Chunks chunks, acc_t<T>* partial) {
@@ -276,28 +182,6 @@ __global__ void moments_kernel(const T* x, Map<acc_t<T>> map, Chunks chunks, acc
   write(of[1], 1);
 }
 
-// A block merges the chunks of 32 of all (group, region, channel): each of its rows a range of chunks in their order,
-// then the rows in theirs.
-constexpr unsigned kMergeColumns = 32, kMergeRows = 16;
-
-dim3 merge_blocks(int64_t columns) { return dim3(index32(ceil_div(columns, kMergeColumns))); }
-dim3 merge_threads() { return dim3(kMergeColumns, kMergeRows); }
-
-// Sum of value(chunk) over the chunks of a group; every thread gets its column's. `rows` is shared.
-template <typename F>
-__device__ double merged(unsigned chunks, bool active, double* rows, F value) {
-  const unsigned share = (chunks + kMergeRows - 1) / kMergeRows, begin = threadIdx.y * share;
-  double sum = 0;
-  if (active)
-    for (unsigned b = begin; b < begin + share && b < chunks; ++b) sum += value(b);
-  __syncthreads();
-  rows[threadIdx.y * kMergeColumns + threadIdx.x] = sum;
-  __syncthreads();
-  sum = 0;
-  for (unsigned r = 0; r < kMergeRows; ++r) sum += rows[r * kMergeColumns + threadIdx.x];
-  return sum;
-}
-
 template <typename A>
 __global__ void merge_moments_kernel(const A* partial, Chunks chunks, unsigned columns, unsigned c, unsigned mask_c,
                                      double* count, double* mean, double* m2) {
@@ -308,19 +192,12 @@ __global__ void merge_moments_kernel(const A* partial, Chunks chunks, unsigned c
   const auto part = [&](unsigned b, unsigned which) {
     return static_cast<double>(of_group[(size_t{b} * 4 + which) * both]);
   };
-  const double n = merged(chunks.per_group, active, rows, [&](unsigned b) { return part(b, 0); });
-  const double sum =
-      merged(chunks.per_group, active, rows, [&](unsigned b) { return part(b, 0) * (part(b, 1) + part(b, 2)); });
-  const double centre = n > 0 ? sum / n : 0;
-  const double squares = merged(chunks.per_group, active, rows, [&](unsigned b) {
-    const double apart = part(b, 1) + part(b, 2) - centre;
-    return part(b, 0) > 0 ? part(b, 3) + part(b, 0) * apart * apart : 0;
-  });
+  const MergedMoments m = merged_moments(chunks.per_group, active, rows, part);
   if (!active || threadIdx.y > 0) return;
-  mean[i] = centre;
-  m2[i] = squares;
+  mean[i] = m.mean;
+  m2[i] = m.m2;
   const unsigned channel = i % c;
-  if (channel < mask_c) count[i / c * mask_c + channel] = n;
+  if (channel < mask_c) count[i / c * mask_c + channel] = m.n;
 }
 
 template <typename A, int V>

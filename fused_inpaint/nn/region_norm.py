@@ -126,9 +126,17 @@ class LearnedRegionNorm2d(_RegionNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         belongs = self.map(x)
+        scale, shift = self._affine(belongs)
+        return self._normalise(x, self._region(belongs), scale=scale, shift=shift)
+
+    def _region(self, belongs: Tensor) -> Tensor:
+        return belongs.detach() >= self.threshold
+
+    def _affine(self, belongs: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, shift), both (N, 1, H, W)."""
         convs = (self.gamma_conv, self.beta_conv)
         gamma, beta = self._joint(belongs) if all(map(_is_plain, convs)) else (conv(belongs) for conv in convs)
-        return self._normalise(x, belongs.detach() >= self.threshold, scale=1 + gamma, shift=beta)
+        return 1 + gamma, beta
 
     def _joint(self, belongs: Tensor) -> tuple[Tensor, ...]:
         # The two convolutions as one, with a second channel of zero weights: oneDNN takes three times as long on one

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators as functions."""
 
+from .gated_blend import gated_blend
+from .gram import gram_l1
 from .partial_conv import (
     BatchNorm,
     Window,
@@ -10,6 +12,7 @@ from .partial_conv import (
     partial_window,
     partial_window_chain,
 )
+from .pyramid_conv import pyramid_conv2d
 from .region_conv import region_conv2d
 from .region_norm import channel_pool, region_norm
 
@@ -18,10 +21,13 @@ __all__ = [
     "Window",
     "WindowStep",
     "channel_pool",
+    "gated_blend",
+    "gram_l1",
     "partial_conv2d",
     "partial_upconv2d",
     "partial_window",
     "partial_window_chain",
+    "pyramid_conv2d",
     "region_conv2d",
     "region_norm",
 ]
