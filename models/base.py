@@ -27,6 +27,7 @@ class Saved(nn.Module):
 
     key: str
     part: str
+    variant: str | None = None  # where networks of several forms share a key
     net: nn.Module
 
     def __init__(self, **config: Any) -> None:
@@ -52,10 +53,13 @@ class Saved(nn.Module):
             state, about = read_safetensors(_file(path))
         except Exception as error:  # whatever safetensors raises, the cause stays attached
             raise ValueError(f"from_pretrained: path must hold a readable .safetensors file, got {path}") from error
-        if (about.get("key"), about.get("part")) != (cls.key, cls.part):
-            got = f"{about['key']} {about['part']}" if about else "a file that this library did not write"
-            raise ValueError(f"from_pretrained: path must hold a {cls.key} {cls.part}, got {got}: {path}")
-        model = cls(**about["config"])
+        config = dict(about.get("config", {}))
+        found = (about.get("key"), about.get("part"), config.pop("variant", None))
+        if found != (cls.key, cls.part, cls.variant):
+            got = " ".join(filter(None, found)) or "a file that this library did not write"
+            expected = " ".join(filter(None, (cls.key, cls.part, cls.variant)))
+            raise ValueError(f"from_pretrained: path must hold a {expected}, got {got}: {path}")
+        model = cls(**config)
         model.net.load_state_dict(state)
         dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
         return model.to(dtype).eval()

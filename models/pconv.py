@@ -12,6 +12,7 @@ Table 2 of the paper, 8 levels, 512 x 512:
     PConv9-15: BN, LeakyReLU(0.2); PConv16: neither.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,31 +24,28 @@ from fused_inpaint.ops import BatchNorm, Window, partial_conv2d, partial_window_
 
 from .base import IMAGENET_MEAN, IMAGENET_STD, InpaintingModel, Prediction, pad_as_hole
 
-_SLOPE = 0.2
+SLOPE = 0.2  # of the decoder's activation
 
 
 class _Block(nn.Module):
-    """Partial convolution, batch norm where there is one, activation: one op."""
+    """Partial convolution, norm where there is one, activation; 0 in holes. With batch norm or none it is one op."""
 
     conv: Any  # PartialConv2d in the encoder, PartialUpConv2d in the decoder
-    norm: nn.BatchNorm2d | None
+    norm: nn.Module | None
 
-    def __init__(self, conv: PartialConv2d | PartialUpConv2d, norm: bool, activation: str) -> None:
+    def __init__(self, conv: PartialConv2d | PartialUpConv2d, norm: nn.Module | None, activation: str) -> None:
         super().__init__()
-        self.conv = conv
-        self.norm = nn.BatchNorm2d(conv.out_channels) if norm else None
-        self.activation = activation
+        self.conv, self.norm, self.activation = conv, norm, activation
 
     def forward(self, x: Tensor | list[Tensor], window: Window, holes_zero: bool | list[bool]) -> Tensor:
-        return self.conv.block(x, window, holes_zero=holes_zero, **self.epilogue())
-
-    def epilogue(self) -> dict[str, Any]:
-        return {"activation": self.activation, "slope": _SLOPE, "batch_norm": self._batch_norm()}
-
-    def _batch_norm(self) -> BatchNorm | None:
         norm = self.norm
-        if norm is None:
-            return None
+        if norm is not None and not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+            return norm(self.conv.block(x, window, holes_zero=holes_zero), window.mask)
+        batch_norm = None if norm is None else self._batch_norm(norm)
+        epilogue = {"activation": self.activation, "slope": SLOPE, "batch_norm": batch_norm}
+        return self.conv.block(x, window, holes_zero=holes_zero, **epilogue)
+
+    def _batch_norm(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
         if norm.training and isinstance(norm, nn.SyncBatchNorm):
             raise ValueError(
                 "pconv: batch norm must be of one process, got SyncBatchNorm; its statistics are in the kernel"
@@ -66,10 +64,24 @@ def _blocks(modules: nn.ModuleList) -> list[_Block]:
     return cast("list[_Block]", list(modules))
 
 
-def _enlarged(window: Window) -> Window:
-    """With the first mask at the size of the second, for features that were upsampled already."""
-    low, *rest = window.planes
-    return window._replace(planes=(low.repeat_interleave(2, 2).repeat_interleave(2, 3), *rest))
+class _BilinearUpConv2d(PartialUpConv2d):
+    """With bilinear upsampling of the features; that of the masks stays nearest."""
+
+    def block(self, x: Sequence[Tensor], window: Window, holes_zero: Any = (False, False), **options: Any) -> Tensor:
+        low, skip = x
+        low_mask, skip_mask = window.planes
+        high = F.interpolate(low, scale_factor=2.0, mode="bilinear")  # which smears values into holes
+        high_mask = low_mask.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return partial_conv2d(
+            [high, skip],
+            None,
+            self.weight,
+            self.bias,
+            padding=self.kernel_size // 2,
+            window=window._replace(planes=(high_mask, skip_mask)),
+            holes_zero=[False, holes_zero[1]],
+            **options,
+        )[0]
 
 
 class Masks(NamedTuple):
@@ -91,31 +103,42 @@ class PConvUNet(nn.Module):
         levels: encoder (and decoder) layers; Table 2 has 8, the common PyTorch port 5 to 7.
         channels: of image and output. width: channels of the first layer, doubled up to 8 times.
         upsampling: "nearest" (the paper) or "bilinear" (of the features; masks stay nearest).
+        encoder_norm, decoder_norm: number of channels -> the norm that follows a layer. One that is not batch norm is
+            called as norm(features, mask) -> features, all 0 in holes, and has the layer's activation in it.
 
     x (N, C, H, W), mask (N or 1, 1 or C, H, W) with 1 = valid; out (N, C, H, W), out_mask (N, C, H, W) in mask's dtype.
     """
 
-    def __init__(self, levels: int = 8, channels: int = 3, width: int = 64, upsampling: str = "nearest") -> None:
+    def __init__(
+        self,
+        levels: int = 8,
+        channels: int = 3,
+        width: int = 64,
+        upsampling: str = "nearest",
+        encoder_norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        decoder_norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         if levels < 1:
             raise ValueError(f"pconv: levels must be 1 or more, got {levels}")
         if upsampling not in ("nearest", "bilinear"):
             raise ValueError(f"pconv: upsampling must be nearest or bilinear, got {upsampling}")
-        self.levels, self.channels, self.upsampling = levels, channels, upsampling
+        self.levels, self.channels = levels, channels
         sizes = [channels, *(width * min(2**i, 8) for i in range(levels))]
         kernels = [(7, 5, 5)[i] if i < 3 else 3 for i in range(levels)]
         self.encoder = nn.ModuleList(
             _Block(
                 PartialConv2d(sizes[i], sizes[i + 1], kernels[i], stride=2, padding=kernels[i] // 2, bias=False),
-                norm=i > 0,
+                norm=encoder_norm(sizes[i + 1]) if i else None,
                 activation="relu",
             )
             for i in range(levels)
         )
+        up_conv = PartialUpConv2d if upsampling == "nearest" else _BilinearUpConv2d
         self.decoder = nn.ModuleList(
             _Block(
-                PartialUpConv2d(sizes[i + 1], sizes[i], sizes[i] if i else channels, bias=i == 0),
-                norm=i > 0,
+                up_conv(sizes[i + 1], sizes[i], sizes[i], bias=i == 0),
+                norm=decoder_norm(sizes[i]) if i else None,
                 activation="leaky_relu" if i else "none",
             )
             for i in reversed(range(levels))
@@ -133,10 +156,7 @@ class PConvUNet(nn.Module):
         for i, block in enumerate(_blocks(self.decoder)):
             steps.append(block.conv.window_step(levels + i, levels - 1 - i))
         windows = partial_window_chain(mask, steps)
-        decoder = windows[levels:]
-        if self.upsampling != "nearest":
-            decoder = [_enlarged(window) for window in decoder]
-        return Masks(tuple(windows[:levels]), tuple(decoder))
+        return Masks(tuple(windows[:levels]), tuple(windows[levels:]))
 
     def forward(self, x: Tensor, mask: Tensor, masks: Masks | None = None) -> tuple[Tensor, Tensor]:
         side = 2**self.levels
@@ -149,25 +169,9 @@ class PConvUNet(nn.Module):
         h = features.pop()
         for block, window in zip(_blocks(self.decoder), masks.decoder, strict=True):
             skip = features.pop()
-            h = self._decode(block, h, skip, window, skip is not x)
+            h = block([h, skip], window, [True, skip is not x])
         out_mask = masks.out.to(mask.dtype).expand(h.size(0), self.channels, -1, -1)
         return h, out_mask
-
-    def _decode(self, block: _Block, h: Tensor, skip: Tensor, window: Window, skip_is_zero: bool) -> Tensor:
-        if self.upsampling == "nearest":
-            return block([h, skip], window, [True, skip_is_zero])
-        h = F.interpolate(h, scale_factor=2.0, mode="bilinear")  # which smears values into holes
-        conv = block.conv
-        return partial_conv2d(
-            [h, skip],
-            None,
-            conv.weight,
-            conv.bias,
-            padding=conv.weight.size(2) // 2,
-            window=window,
-            holes_zero=[False, skip_is_zero],
-            **block.epilogue(),
-        )[0]
 
     def freeze_encoder_bn(self, frozen: bool = True) -> None:
         """Fine-tuning as in the paper: the encoder's batch norm uses its running statistics, and neither they nor its
@@ -189,7 +193,38 @@ class PConvUNet(nn.Module):
         return self
 
 
-class PConv(InpaintingModel):
+class UNetModel(InpaintingModel):
+    """A `PConvUNet` under the library's convention; the network sees images normalised by ImageNet's mean and
+    deviation. An image of any size is padded with hole to a multiple of 2**levels and the result cropped back."""
+
+    net: PConvUNet
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: PConvUNet, **config: Any) -> None:
+        super().__init__(**config)
+        self.net = net
+        self.channels, self.multiple = net.channels, 2**net.levels
+        for name, value in zip(("mean", "std"), statistics(net.channels), strict=True):
+            self.register_buffer(name, value, persistent=False)
+
+    def _predict(self, image: Tensor, mask: Tensor) -> Prediction:
+        x = (image - self.mean.to(image.dtype)) / self.std.to(image.dtype)
+        x, mask, window = pad_as_hole(x, mask, self.multiple)
+        masks = self.net.masks(mask)
+        out, _ = self.net(x, mask, masks)
+        out = out[window] * self.std.to(out.dtype) + self.mean.to(out.dtype)
+        return Prediction(self._ranged(out), masks.out[window])
+
+
+def statistics(channels: int) -> tuple[Tensor, Tensor]:
+    """(mean, deviation) to normalise images by, (1, C, 1, 1): ImageNet's, or 1/2 and 1/4 where C is not 3."""
+    known = channels == 3
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if known else ((0.5,) * channels, (0.25,) * channels)
+    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+
+
+class PConv(UNetModel):
     """`PConvUNet` under the library's convention; the network sees images normalised by ImageNet's mean and deviation.
 
     An image of any size is padded with hole to a multiple of 2**levels and the result cropped back: exact, since a
@@ -204,29 +239,11 @@ class PConv(InpaintingModel):
     """
 
     key = "pconv"
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, levels: int = 8, channels: int = 3, width: int = 64, upsampling: str = "nearest") -> None:
-        super().__init__(levels=levels, channels=channels, width=width, upsampling=upsampling)
-        self.net: PConvUNet = PConvUNet(levels, channels, width, upsampling)
-        self.channels, self.multiple = channels, 2**levels
-        known = channels == 3
-        self.register_buffer("mean", _row(IMAGENET_MEAN if known else (0.5,) * channels), persistent=False)
-        self.register_buffer("std", _row(IMAGENET_STD if known else (0.25,) * channels), persistent=False)
+        net = PConvUNet(levels, channels, width, upsampling)
+        super().__init__(net, levels=levels, channels=channels, width=width, upsampling=upsampling)
 
     def freeze_encoder_bn(self, frozen: bool = True) -> None:
         """See `PConvUNet.freeze_encoder_bn`."""
         self.net.freeze_encoder_bn(frozen)
-
-    def _predict(self, image: Tensor, mask: Tensor) -> Prediction:
-        x = (image - self.mean.to(image.dtype)) / self.std.to(image.dtype)
-        x, mask, window = pad_as_hole(x, mask, self.multiple)
-        masks = self.net.masks(mask)
-        out, _ = self.net(x, mask, masks)
-        out = out[window] * self.std.to(out.dtype) + self.mean.to(out.dtype)
-        return Prediction(self._ranged(out), masks.out[window])
-
-
-def _row(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values).view(1, -1, 1, 1)

@@ -1,20 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks by their keys."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from .aot_gan import AOTGAN, AOTGANDiscriminator
 from .base import Discriminator, InpaintingModel
+from .cgan_pc_rn import CGANPCRN, CGANPCRNDiscriminator
+from .deepgin import DeepGIN, DeepGINDiscriminator
 from .pconv import PConv
+from .region_wise import RegionWise, RegionWiseDiscriminator
+from .rn import RN, RNDiscriminator
 
-MODELS: dict[str, type[InpaintingModel]] = {"pconv": PConv}
-DISCRIMINATORS: dict[str, type[Discriminator]] = {}
+
+def _variants(key: str, **classes: type[Any]) -> Callable[..., Any]:
+    """One of several classes under one key, the first when no `variant` is named."""
+
+    def build(variant: str = next(iter(classes)), **config: Any) -> Any:
+        if variant not in classes:
+            raise ValueError(f"{key}: variant must be {' or '.join(classes)}, got {variant}")
+        return classes[variant](**config)
+
+    return build
+
+
+MODELS: dict[str, Callable[..., InpaintingModel]] = {
+    "pconv": PConv,
+    "cgan_pc_rn": _variants("cgan_pc_rn", unet=CGANPCRN, rn=RN),
+    "region_wise": RegionWise,
+    "deepgin": DeepGIN,
+    "aot_gan": AOTGAN,
+}
+DISCRIMINATORS: dict[str, Callable[..., Discriminator]] = {
+    "cgan_pc_rn": _variants("cgan_pc_rn", unet=CGANPCRNDiscriminator, rn=RNDiscriminator),
+    "region_wise": RegionWiseDiscriminator,
+    "deepgin": DeepGINDiscriminator,
+    "aot_gan": AOTGANDiscriminator,
+}
 
 
 def build_model(key: str, **config: Any) -> InpaintingModel:
     """A generator with fresh weights, by its key; `config` are the arguments of its class.
 
-    Keys: "pconv" (`PConv`).
+    Keys: "pconv" (`PConv`), "cgan_pc_rn" (`CGANPCRN`, or with variant="rn" the published `RN`), "region_wise"
+    (`RegionWise`), "deepgin" (`DeepGIN`), "aot_gan" (`AOTGAN`).
 
     >>> from fused_inpaint.models import build_model
     >>> model = build_model("pconv")

@@ -11,10 +11,12 @@ from torch import nn
 
 from ..files import read_safetensors
 from ..registry import DISCRIMINATORS, MODELS
-from . import naoto0804, own
+from . import aot_gan, gin, mmagic, naoto0804, own, region_wise, rn
 from .common import Source, State, require, some, unwrap
 
-SOURCES: tuple[Source, ...] = (*naoto0804.SOURCES,)
+SOURCES: tuple[Source, ...] = tuple(
+    source for file in (naoto0804, rn, region_wise, gin, aot_gan, mmagic) for source in file.SOURCES
+)
 
 # Where training files keep the network.
 _WRAPPED = {
@@ -38,9 +40,12 @@ def load_published(
             state dict (of tensors, or of arrays). Training files that keep the network under "model", "state_dict",
             "net", "generator" or "discriminator" are looked through.
         source: whose file it is, guessed from the keys when None: "naoto0804" (pconv; weights without the factor
-            sum(1)), or "fused_inpaint".
+            sum(1)), "rn" (cgan_pc_rn: its variant "rn", both parts), "region-wise" (region_wise; TensorFlow variables,
+            a .npz or dict of arrays), "gin" (deepgin), "aot-gan" (aot_gan; the authors' G*.pt and D*.pt), "mmagic"
+            (aot_gan; of both parts or of one), or "fused_inpaint".
         part: "generator" or "discriminator".
-        config: what no checkpoint records, as in `build_model`: upsampling="bilinear" where the file was trained so.
+        config: what no checkpoint records, as in `build_model`: upsampling="bilinear" where the file was trained so,
+            threshold, stats, rates.
 
     Returns:
         The `InpaintingModel` or `Discriminator` in eval mode, float32 (float64 if the file is); its `.net` is called as
@@ -66,14 +71,28 @@ def load_published(
     sources = {s.name: s for s in SOURCES if (s.key, s.part) == (key, part)}
     names = [*sources, own.NAME]
     if source is None:
-        source = next((s.name for s in sources.values() if any(s.mark.fullmatch(k) for k in state)), None)
+        source = next((s.name for s in sources.values() if s.made(state)), None)
         if source is None:
-            ours = any(k.startswith(("net.", *_own_names(key, part))) for k in state)
-            require(ours, "checkpoint", f"one of a known source ({', '.join(names)})", some(state))
+            ours = ("net.", *_own_names(key, part))
+            known = any(k.startswith(ours) for k in state)
+            require(known, "checkpoint", f"one of a known source ({', '.join(names)})", some(state))
             source = own.NAME
     require(source in names, "source", "one of " + ", ".join(names), source)
     model = sources[source].read(state, **config) if source in sources else own.read(key, part, state, **config)
     return model.eval()
+
+
+def key_of(path: str | PathLike[str], source: str | None = None, part: str = "generator") -> str | None:
+    """The key of the network that a file holds: as this library recorded it, or of the source that has such names.
+
+    None if neither tells. Raises ValueError for a file that is no checkpoint.
+    """
+    given, recorded = _read(path)
+    if recorded:
+        return str(recorded["key"])
+    state = unwrap(given, _WRAPPED[part])
+    fits = (s for s in SOURCES if s.part == part and source in (None, s.name))
+    return next((s.key for s in fits if source or s.made(state)), None)
 
 
 def _own_names(key: str, part: str) -> tuple[str, ...]:

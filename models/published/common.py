@@ -20,6 +20,9 @@ class Source(NamedTuple):
     mark: re.Pattern[str]  # of a key that only this kind has
     read: Callable[..., nn.Module]  # (state, **config) -> InpaintingModel or Discriminator
 
+    def made(self, state: State) -> bool:
+        return any(self.mark.fullmatch(k) for k in state)
+
 
 def require(holds: bool, argument: str, expected: str, got: object) -> None:
     if not holds:
@@ -79,11 +82,8 @@ def stack(renamed: Renamed, prefix: str, parts: Iterable[str], to: str) -> None:
             renamed.names[f"{to}.{kind}"] = renamed.names[keys[0]]
 
 
-# weight_orig, weight_u, weight_v of torch's former spectral norm, under the names of its parametrization.
-SPECTRAL = (
-    (r"(.+)\.weight_orig", r"\1.parametrizations.weight.original"),
-    (r"(.+)\.weight_([uv])", r"\1.parametrizations.weight.0._\2"),
-)
+# Of torch's former spectral norm, whose weight_u and weight_v are named as ours.
+SPECTRAL = ((r"(.+)\.weight_orig", r"\1.weight"),)
 
 
 def unwrap(given: Any, names: Iterable[str]) -> dict[str, Tensor]:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolution under spectral normalization, as the published discriminators train with it (Miyato et al., "Spectral
+Normalization for Generative Adversarial Networks", ICLR 2018)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SpectralConv2d(nn.Conv2d):
+    """`nn.Conv2d` whose weight is divided by an estimate of its largest singular value, u^T W v.
+
+    Each forward in training mode, or each forward at all with `always`, takes one step of the power method first: v
+    from u, then u from v. torch's own parametrization takes u first, and so leads elsewhere from the u and v of a
+    published checkpoint; nor can modules with it be pickled. Buffers `weight_u` (O,) and `weight_v` (C kh kw,).
+
+    >>> import torch
+    >>> from fused_inpaint.models.spectral import SpectralConv2d
+    >>> layer = SpectralConv2d(1, 8, 2).train()
+    >>> for _ in range(100):
+    ...     weight = layer.normalised_weight()
+    >>> round(torch.linalg.matrix_norm(weight.flatten(1), 2).item(), 3)
+    1.0
+    """
+
+    weight_u: Tensor
+    weight_v: Tensor
+
+    def __init__(self, *arguments: Any, always: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.always = always
+        matrix = self.weight.detach().flatten(1)  # (O, C kh kw)
+        self.register_buffer("weight_u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
+        self.register_buffer("weight_v", torch.zeros_like(matrix[0]))
+        self.estimate()
+
+    def estimate(self) -> None:
+        """Steps enough for eval mode to come first; again after the weight was set anew."""
+        for _ in range(16):
+            self._step(self.weight.detach().flatten(1))
+
+    @torch.no_grad()
+    def _step(self, matrix: Tensor) -> None:
+        self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0))
+        self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0))
+
+    def normalised_weight(self) -> Tensor:
+        """(O, C, kh, kw)"""
+        matrix = self.weight.flatten(1)
+        # A singular value of half precision would scale every weight by its rounding.
+        with torch.autocast(matrix.device.type, enabled=False):
+            if self.training or self.always:
+                self._step(matrix)
+            # Clones: the next forward overwrites u and v, and may come before this one's backward.
+            sigma = self.weight_u.clone() @ (matrix @ self.weight_v.clone())
+            return self.weight / sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.normalised_weight(), self.bias)
