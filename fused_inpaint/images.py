@@ -20,7 +20,18 @@ MAX_MEGAPIXELS = 80
 LOSSLESS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
 GREY_NOTE, GREY_LIMIT = 0.001, 0.10  # share of neither-black-nor-white mask pixels that is mentioned, and refused
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
-_BAD_FILE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError, KeyError, struct.error)
+# What Pillow raises on a file that it cannot read.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    KeyError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 class ImageError(ValueError):
@@ -75,24 +86,16 @@ def read_photo(path: str | os.PathLike[str]) -> Photo:
     return Photo(_pixels(image, path, "photo"), image.info.get("icc_profile"), dpi if _is_dpi(dpi) else None)
 
 
-def read_mask(path: str | os.PathLike[str], size: tuple[int, int], hole: str = "white") -> tuple[Tensor, str]:
+def read_mask(path: str | os.PathLike[str], size: tuple[int, int] | None, hole: str = "white") -> tuple[Tensor, str]:
     """Known pixels (1, 1, H, W), 1 = known and 0 = hole, cut at half brightness; and a note for the user, or "".
 
-    Transparent parts of a mask count as known.
+    Transparent parts of a mask count as known. `size` is the photo's (None: any).
     """
-    if hole not in ("white", "black"):
-        raise ImageError(f"hole must be white or black, got {hole}")
-    mask = Photo(_pixels(_open(path, "mask"), path, "mask"))
-    if mask.size != size:
-        raise ImageError(f"mask must be {_wide_high(size)} pixels like the photo, got {_wide_high(mask.size)}")
-    planes = mask.pixels.reshape(*size, -1).astype(np.float32) / mask.white
-    brightness = planes[..., : mask.colours].mean(-1)
-    if planes.shape[-1] in (2, 4):
-        brightness = brightness * planes[..., -1] + (0.0 if hole == "white" else 1.0) * (1 - planes[..., -1])
-    grey = float(((brightness > 0.1) & (brightness < 0.9)).mean())
+    is_hole, grey = read_hole(path, hole)
+    if size not in (None, is_hole.shape):
+        raise ImageError(f"mask must be {_wide_high(size)} pixels like the photo, got {_wide_high(is_hole.shape)}")
     if grey > GREY_LIMIT:
         raise ImageError(f"mask must be black and white, got {100 * grey:.0f} % grey pixels")
-    is_hole = brightness > 0.5 if hole == "white" else brightness <= 0.5
     other = "black" if hole == "white" else "white"
     if not is_hole.any():
         raise ImageError(f"mask must mark some hole in {hole}, got none (holes in {other}: --hole {other})")
@@ -100,6 +103,30 @@ def read_mask(path: str | os.PathLike[str], size: tuple[int, int], hole: str = "
         raise ImageError(f"mask must leave some known pixels, got only {hole}, which marks holes")
     note = f"{100 * grey:.1f} % of the mask is grey; it is cut at half" if grey > GREY_NOTE else ""
     return torch.from_numpy(1 - is_hole.astype(np.float32))[None, None], note
+
+
+def read_hole(path: str | os.PathLike[str], hole: str = "white") -> tuple[np.ndarray, float]:
+    """(H, W) bool, True in the holes of a mask file, cut at half brightness; and the share of grey pixels.
+
+    Transparent parts count as known. A file of nothing but 0 and 1 is read as black and white.
+    """
+    if hole not in ("white", "black"):
+        raise ImageError(f"hole must be white or black, got {hole}")
+    mask = Photo(_pixels(_open(path, "mask"), path, "mask"))
+    planes = mask.pixels.reshape(*mask.size, -1).astype(np.float32)
+    colours = planes[..., : mask.colours]
+    brightness = colours.mean(-1) / (1 if colours.max() == 1 else mask.white)
+    if planes.shape[-1] in (2, 4):
+        alpha = planes[..., -1] / mask.white
+        brightness = brightness * alpha + (0.0 if hole == "white" else 1.0) * (1 - alpha)
+    grey = float(((brightness > 0.1) & (brightness < 0.9)).mean())
+    return brightness > 0.5 if hole == "white" else brightness <= 0.5, grey
+
+
+def pictures(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of a folder that Pillow may read, by name."""
+    known = Image.registered_extensions()
+    return sorted(path for path in Path(folder).iterdir() if path.is_file() and path.suffix.lower() in known)
 
 
 def check_output(path: str | os.PathLike[str], inputs: tuple[str | os.PathLike[str], ...] = ()) -> None:
@@ -166,7 +193,7 @@ def _open(path: str | os.PathLike[str], role: str) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"{role} must be an image file, got {path}, which is none that Pillow knows") from None
-    except _BAD_FILE as error:
+    except UNREADABLE as error:
         raise ImageError(f"{role} must be a whole, readable image file, got {path} ({error})") from None
 
 

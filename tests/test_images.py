@@ -122,6 +122,14 @@ def test_a_few_grey_pixels_are_cut_at_half_and_mentioned(tmp_path):
     assert note == "2.0 % of the mask is grey; it is cut at half"
 
 
+@pytest.mark.parametrize("hole_colour", ["white", "black"])
+def test_masks_of_zeros_and_ones(tmp_path, hole_colour):
+    hole = centre_hole()[0, 0].numpy() == 0
+    Image.fromarray((hole == (hole_colour == "white")).astype(np.uint8)).save(tmp_path / "m.png")
+    known, note = images.read_mask(tmp_path / "m.png", None, hole_colour)
+    assert torch.equal(known, centre_hole()) and note == ""
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
