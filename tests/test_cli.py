@@ -191,3 +191,77 @@ def test_progress_bar(terminal, monkeypatch):
         assert stream.text.count("\r") == 11 and "\n" not in stream.text and "#" in stream.text
     else:
         assert stream.text.count("\n") == 3 and "\r" not in stream.text
+
+
+@pytest.fixture
+def weights(folder) -> str:
+    torch.manual_seed(0)
+    fused_inpaint.models.build_model("pconv", levels=3, width=8).save_pretrained("weights.safetensors")
+    return "weights.safetensors"
+
+
+def test_the_parsers_models_are_those_that_exist():
+    from fused_inpaint.cli._common import MODELS
+    from fused_inpaint.models.registry import MODELS as REGISTERED
+
+    assert list(REGISTERED) == list(MODELS)
+
+
+def test_a_folder_of_photos(folder, weights, capsys):
+    (folder / "photos").mkdir()
+    for name in ("a.png", "b.tif"):
+        Image.fromarray(read("photo.png")).save(folder / "photos" / name)
+    (folder / "photos" / "notes.txt").write_text("not a picture")
+    assert main(["inpaint", "photos", "--mask", "mask.png", "-o", "out", "--weights", weights]) == 0
+    assert capsys.readouterr().out.count("filled by pconv with weights.safetensors") == 2
+    assert sorted(os.listdir("out")) == ["a.png", "b.png"]
+    np.testing.assert_array_equal(read("out/a.png"), read("out/b.png"))
+    assert (read("out/a.png")[read("mask.png") == 0] == read("photo.png")[read("mask.png") == 0]).all()
+
+
+def test_bad_photos_of_a_folder_are_named_and_the_others_filled(folder, weights, capsys):
+    for name in ("photos", "masks"):
+        (folder / name).mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(read("photo.png")).save(folder / "photos" / name)
+        Image.fromarray(read("mask.png")).save(folder / "masks" / name)
+    (folder / "photos" / "b.png").write_bytes(b"no picture")
+    assert main(["inpaint", "photos", "--mask", "masks", "-o", "out", "--weights", weights]) == 2
+    error = capsys.readouterr().err
+    assert "got 1 of 2 that are not: b.png (photo must be an image file" in error and error.count("\n") == 1
+    assert os.listdir("out") == ["a.png"]
+    os.remove("masks/a.png")
+    assert main(["inpaint", "photos", "--mask", "masks", "-o", "out", "--weights", weights]) == 2
+    assert "with a mask of the same name each, got none for a.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["resize", "tile", "crop", "subsample"])
+def test_strategies(folder, weights, strategy):
+    assert inpaint("--weights", weights, "--strategy", strategy, "--size", "24", "--overlap", "4") == 0
+    hole = read("mask.png") > 0
+    np.testing.assert_array_equal(read("out.png")[~hole], read("photo.png")[~hole])
+
+
+def test_convert(folder, weights, capsys):
+    state = fused_inpaint.models.load_published("pconv", weights).net.state_dict()
+    published = {}
+    for name, value in state.items():
+        side, index, rest = name.split(".", 2)
+        number = int(index) + 1 if side == "encoder" else 3 - int(index)
+        rest = rest.replace("conv.", "conv.input_conv.") if rest.startswith("conv.") else rest.replace("norm.", "bn.")
+        published[f"{side[:3]}_{number}.{rest}"] = value
+    torch.save({"model": published}, "published.pth")
+    assert main(["convert", "published.pth", "-o", "ours.safetensors"]) == 0
+    assert capsys.readouterr().out.startswith("ours.safetensors: pconv generator, 0.")
+    assert inpaint("--weights", "ours.safetensors") == 0
+    ours = fused_inpaint.models.PConv.from_pretrained("ours.safetensors")
+    assert ours.config["levels"] == 3
+    for options, sentence in (
+        (["published.pth", "-o", "ours.pth"], "output must end in .safetensors, got ours.pth"),
+        (["mask.png", "-o", "ours.safetensors"], "path must be a checkpoint of nothing but tensors, got mask.png"),
+        (["published.pth", "-o", "ours.safetensors", "--from", "nvidia", "--model", "pconv"], "source must be one of"),
+        (["published.pth", "-o", "none/ours.safetensors"], "output must be in an existing folder"),
+    ):
+        assert main(["convert", *options]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1

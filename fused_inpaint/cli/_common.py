@@ -9,6 +9,9 @@ import sys
 import time
 from typing import TextIO
 
+# models.registry has them, too; a parser should not wait for torch.
+MODELS = ("pconv", "cgan_pc_rn", "region_wise", "deepgin", "aot_gan")
+
 
 class UserError(Exception):
     """Something the user can put right; the text is one sentence."""

@@ -35,7 +35,7 @@ def collect() -> dict[str, dict[str, Any]]:
 
     versions = {"fused_inpaint": __version__, "python": platform.python_version(), "torch": torch.__version__}
     # Read from package metadata: importing Triton looks for a GPU driver.
-    versions |= {name: _version(name) for name in ("numpy", "triton", "scikit-image", "pillow")}
+    versions |= {name: version(name) for name in ("numpy", "triton", "scikit-image", "pillow")}
     never = _backends.NEVER_RUN
     backends = {
         name: reason or (f"usable; {never[name]}" if name in never else "usable")
@@ -50,7 +50,7 @@ def collect() -> dict[str, dict[str, Any]]:
     return {"versions": versions, "backends": backends, "build": _extension.build_info(), "machine": machine}
 
 
-def _version(distribution: str) -> str:
+def version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
