@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_pre_commit_has_the_pins_of_the_lint_extra():
 
 
 def test_sources_name_their_licence():
-    folders = ("csrc", "fused_inpaint", "models", "benchmarks", "tests")
+    folders = ("csrc", "fused_inpaint", "models", "benchmarks", "tests", "examples")
     sources = [p for folder in folders for p in (ROOT / folder).rglob("*")]
     sources = [p for p in [*sources, ROOT / "setup.py"] if p.suffix in (".py", ".h", ".cpp", ".cuh", ".cu")]
     missing = [p for p in sources if "SPDX-License-Identifier: Apache-2.0" not in p.read_text()[:200]]
@@ -203,6 +204,20 @@ def test_wheel(environment, checkout, elsewhere):
     assert Path(seen["package"]).is_relative_to(environment.folder)
     assert Path(seen["models"]).is_relative_to(environment.folder)
     assert environment.run(environment.folder / "bin" / "fused-inpaint", "info", cwd=elsewhere)
+
+
+@slow
+def test_sdist_holds_what_a_reader_needs(environment, checkout):
+    environment.pip("install", "setuptools>=77", cwd=checkout)
+    environment.run(environment.python, "setup.py", "-q", "sdist", cwd=checkout)
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    sources = {p.relative_to(checkout).as_posix() for p in (checkout / "csrc").rglob("*.*")}
+    texts = {
+        p.relative_to(checkout).as_posix() for folder in ("docs", "examples") for p in (checkout / folder).glob("*")
+    }
+    assert {"LICENSE", "CITATION.cff", "CHANGELOG.md", "README.md", *sources, *texts} - names == set()
 
 
 @slow
