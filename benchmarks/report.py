@@ -142,6 +142,8 @@ PAIRWISE_BARS = [
 ]
 
 BLOCK_BARS = [
+    Bar("pyramid forward: ours / pads, convolutions, ReLU, cat", "<=", 0.80,
+        mean_ratio(["pyramid"], "forward", "ours", "eager")),
     Bar("AOT block forward: ours / eager", "<=", 0.85, mean_ratio(["aot_block"], "forward", "ours", "eager")),
     Bar("AOT block forward+backward: ours / eager", "<=", 0.88, mean_ratio(["aot_block"], "training", "ours", "eager")),
 ]

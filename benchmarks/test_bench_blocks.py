@@ -11,8 +11,8 @@ from harness import DEVICE, LAYOUTS, SMOKE, Outputs, Rival, Row
 from region_rivals import DTYPE, GRADIENT_LIMIT, LIMIT, filled, fresh
 from torch import Tensor, nn
 
-from fused_inpaint import AOTBlock, ops
-from fused_inpaint.baselines import SeparateBranchAOTBlock, published_gated_blend
+from fused_inpaint import AOTBlock, PyramidConv2d, ops
+from fused_inpaint.baselines import SeparateBranchAOTBlock, SeparateBranches, published_gated_blend
 
 CHANNELS, SIDE = (16, 24) if SMOKE else (256, 64)
 RATES = (1, 2, 4, 8)
@@ -76,12 +76,12 @@ class Function(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Those of an AOT block alone, on maps that are padded already."""
+    """Those of the branches, and others, alone, on maps that are padded already."""
 
-    def __init__(self) -> None:
+    def __init__(self, rates: tuple[int, ...], others: int = 0) -> None:
         super().__init__()
-        branches = [nn.Conv2d(CHANNELS, CHANNELS // len(RATES), 3, dilation=rate) for rate in RATES]
-        self.convs = nn.ModuleList([*branches, *(nn.Conv2d(CHANNELS, CHANNELS, 3) for _ in range(2))])
+        branches = [nn.Conv2d(CHANNELS, CHANNELS // len(rates), 3, dilation=rate) for rate in rates]
+        self.convs = nn.ModuleList([*branches, *(nn.Conv2d(CHANNELS, CHANNELS, 3) for _ in range(others))])
 
     def forward(self, *padded: Tensor) -> list[Tensor]:
         return [conv(x) for conv, x in zip(self.convs, padded, strict=True)]
@@ -90,9 +90,13 @@ class Convolutions(nn.Module):
 def under_our_names(published: Named) -> Named:
     """Parameters of the published AOT block, or their gradients, as AOTBlock has them."""
     named = {name.replace(".1.", "."): t for name, t in published.items() if name.startswith(("fuse", "gate"))}
-    for kind in ("weight", "bias") if published else ():
-        named[f"pyramid.{kind}"] = torch.cat([published[f"block{i:02d}.1.{kind}"] for i in range(len(RATES))])
-    return named
+    return named | {f"pyramid.{kind}": t for kind, t in stacked(published).items()}
+
+
+def stacked(published: Named) -> Named:
+    """The branches' parameters, or their gradients, as PyramidConv2d has them."""
+    kinds = ("weight", "bias") if published else ()
+    return {kind: torch.cat([published[f"block{i:02d}.1.{kind}"] for i in range(len(RATES))]) for kind in kinds}
 
 
 def without_gate_bias(gradients: Named) -> Named:
@@ -115,8 +119,25 @@ def test_aot_block(kind: str, measure) -> None:
 
     rivals = {"ours": contender(ours, [x], kind, compared=without_gate_bias)}
     rivals |= {f"eager {layout}": published(layout) for layout in LAYOUTS}
-    rivals["convolutions alone"] = contender(filled(Convolutions()), padded, kind, family="floor")
+    rivals["convolutions alone"] = contender(filled(Convolutions(RATES, 2)), padded, kind, family="floor")
     measure(row("aot_block", kind, rivals, published("nchw", torch.float64)))
+
+
+@KINDS
+def test_pyramid(kind: str, measure) -> None:
+    """Its four dilated branches, 256 channels at 64 x 64; their convolutions of padded maps as the floor."""
+    (x,) = fresh((1, CHANNELS, SIDE, SIDE))
+    eager, ours = filled(SeparateBranches(CHANNELS, RATES)), PyramidConv2d(CHANNELS, RATES)
+    ours.load_state_dict(stacked(eager.state_dict()))
+    padded = [F.pad(x, (rate,) * 4, "reflect") for rate in RATES]
+
+    def published(layout: str, dtype: torch.dtype = DTYPE) -> Rival:
+        return contender(eager, [x], kind, layout, dtype, compared=stacked)
+
+    rivals = {"ours": contender(ours, [x], kind)}
+    rivals |= {f"eager {layout}": published(layout) for layout in LAYOUTS}
+    rivals["convolutions alone"] = contender(filled(Convolutions(RATES)), padded, kind, family="floor")
+    measure(row("pyramid", kind, rivals, published("nchw", torch.float64)))
 
 
 @KINDS

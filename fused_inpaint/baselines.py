@@ -298,9 +298,8 @@ class TwoFilterConv2d(nn.Module):
         return torch.where(mask != 0, valid, hole)
 
 
-class SeparateBranchAOTBlock(nn.Module):
-    """AOT-GAN's block as published: a padding, a convolution and a ReLU for each rate, concatenated; the gate's
-    normalization and the blend in eager operators. State-dict names are the published ones."""
+class SeparateBranches(nn.Module):
+    """AOT-GAN's dilated branches as published: a padding, a convolution and a ReLU for each rate, concatenated."""
 
     def __init__(self, channels: int, rates: Sequence[int] = (1, 2, 4, 8)) -> None:
         super().__init__()
@@ -308,12 +307,22 @@ class SeparateBranchAOTBlock(nn.Module):
         for i, rate in enumerate(rates):
             conv = nn.Conv2d(channels, channels // len(rates), 3, dilation=rate)
             self.add_module(f"block{i:02d}", nn.Sequential(nn.ReflectionPad2d(rate), conv, nn.ReLU(inplace=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.get_submodule(f"block{i:02d}")(x) for i in range(self.branches)], 1)
+
+
+class SeparateBranchAOTBlock(SeparateBranches):
+    """AOT-GAN's block as published; the gate's normalization and the blend in eager operators. State-dict names are the
+    published ones."""
+
+    def __init__(self, channels: int, rates: Sequence[int] = (1, 2, 4, 8)) -> None:
+        super().__init__(channels, rates)
         self.fuse = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3))
         self.gate = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        f = self.fuse(torch.cat([self.get_submodule(f"block{i:02d}")(x) for i in range(self.branches)], 1))
-        return published_gated_blend(x, f, self.gate(x))
+        return published_gated_blend(x, self.fuse(super().forward(x)), self.gate(x))
 
 
 def published_gated_blend(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_conv(case: conv.Case, dtype: torch.dtype, rtol: float) -> None:
 @pytest.mark.parametrize("name", ["output_elu", "pair_elu", "up_zeros"])
 def test_conv_tiles(name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Small maps take small tiles; here they take the others."""
-    monkeypatch.setattr(conv_triton, "_SHAPES", (shape,))
+    monkeypatch.setattr(triton_common, "SHAPES", (shape,))
     case = next(case for case in conv.CASES if case.name == name)
     y, expected = forward(dataclasses.replace(case, batch=2, shared=True, size=(5, 9)), torch.float32)
     assert_close(y, expected, 5e-5 if case.upsample == 2 else 1e-5)
@@ -197,14 +197,14 @@ def test_conv_tiles(name: str, shape: tuple[int, int], monkeypatch: pytest.Monke
 def test_conv_leaves_out(select: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles in one region multiply by one filter, or one source; only those across the edge by both."""
     products = 0
-    dot = conv_triton.dot
+    dot = triton_common.dot
 
     def counting(*arguments: Any) -> Any:
         nonlocal products
         products += 1
         return dot(*arguments)
 
-    monkeypatch.setattr(conv_triton, "dot", counting)
+    monkeypatch.setattr(triton_common, "dot", counting)
     channels = (3,) if select == "output" else (3, 2)
     case = conv.Case("left_out", select, channels, size=(8, 24), batch=1, kernel=(1, 1), padding=(0, 0))
     s = conv.sample(case)
@@ -260,23 +260,11 @@ def test_launches(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched == ["output_kernel", "input_kernel", "fold_kernel", "input_kernel"]
 
 
-@pytest.mark.skipif(
-    bool(no_interpreter()) or INTERPRETED, reason=no_interpreter() or "this process is the one that it would start"
-)
-def test_interpreter() -> None:
-    """All of the above, and the operators' own suites on a few cases, in two processes."""
+def run_interpreted(selections: list[tuple[int, list[str], str]]) -> None:
+    """A process with the interpreter for each selection, (least number of tests that pass, files, -k)."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("FUSED_INPAINT_BACKEND", None)
     tests = ROOT / "tests"
-    selections = [
-        (40, ["test_region_triton.py"], "test_conv"),
-        (
-            50,
-            ["test_region_triton.py", "test_region_norm.py", "test_region_conv.py"],
-            "(test_region_triton and (norm or pool or launches)) or (triton and (published_rn or test_opcheck-maps))"
-            " or (triton and float32 and (output_elu or up_zeros) and test_reference)",
-        ),
-    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     running = [
         subprocess.Popen(
@@ -296,13 +284,31 @@ def test_interpreter() -> None:
         assert passed is not None and int(passed[1]) >= least, output[-2000:]
 
 
-def compile_kernels(dtype: torch.dtype, precision: str, capability: int) -> list[Compiled]:
-    """Each kernel once, as a middle layer at 256 x 256 launches it."""
+starts_interpreter = pytest.mark.skipif(
+    bool(no_interpreter()) or INTERPRETED, reason=no_interpreter() or "this process is the one that it would start"
+)
+
+
+@starts_interpreter
+def test_interpreter() -> None:
+    """All of the above, and the operators' own suites on a few cases, in two processes."""
+    selections = [
+        (40, ["test_region_triton.py"], "test_conv"),
+        (
+            50,
+            ["test_region_triton.py", "test_region_norm.py", "test_region_conv.py"],
+            "(test_region_triton and (norm or pool or launches)) or (triton and (published_rn or test_opcheck-maps))"
+            " or (triton and float32 and (output_elu or up_zeros) and test_reference)",
+        ),
+    ]
+    run_interpreted(selections)
+
+
+def record_launches(precision: str, capability: int) -> dict[str, Compiled]:
+    """From here on launches of kernels compile them, into the dictionary that is returned."""
     from triton.runtime.driver import driver
 
     from fused_inpaint.ops import triton_common
-    from fused_inpaint.ops.region_conv import triton_impl as conv_triton
-    from fused_inpaint.ops.region_norm import triton_impl as norm_triton
 
     driver.set_active(Driver(capability))
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -313,6 +319,15 @@ def compile_kernels(dtype: torch.dtype, precision: str, capability: int) -> list
         found.setdefault(built.hash, inspect("", kernel, options, built))
 
     triton_common.launch = launch
+    return found
+
+
+def compile_kernels(dtype: torch.dtype, precision: str, capability: int) -> list[Compiled]:
+    """Each kernel once, as a middle layer at 256 x 256 launches it."""
+    from fused_inpaint.ops.region_conv import triton_impl as conv_triton
+    from fused_inpaint.ops.region_norm import triton_impl as norm_triton
+
+    found = record_launches(precision, capability)
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         like = {"memory_format": torch.channels_last} if len(size) == 4 else {}

@@ -42,8 +42,8 @@ __device__ void store_pack(T* p, const Pack<T, V>& pack) {
 
 // Calls body.template operator()<V>() with as many elements as 16 bytes hold, or one where channels or addresses do not
 // divide. Tensors may be null.
-template <typename T, typename F>
-void with_pack(int64_t channels, std::initializer_list<const Tensor*> tensors, F&& body) {
+template <typename T, typename Tensors = std::initializer_list<const Tensor*>, typename F>
+void with_pack(int64_t channels, const Tensors& tensors, F&& body) {
   constexpr int wide = 16 / sizeof(T);
   bool fits = channels % wide == 0;
   for (const Tensor* t : tensors) fits = fits && (!t || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0);

@@ -23,6 +23,13 @@ struct Frame {
         padded_h(h * up + 2 * rows),
         padded_w(w * up + 2 * columns),
         mode(mode_) {}
+  __device__ Frame padded_by(unsigned pad) const {
+    Frame frame = *this;
+    frame.rows = frame.columns = pad;
+    frame.padded_h = h * up + 2 * pad;
+    frame.padded_w = w * up + 2 * pad;
+    return frame;
+  }
   bool plain() const { return up == 1 && rows == 0 && columns == 0; }
   // The pixel of the maps that a pixel of the padded batch copies.
   __device__ unsigned source(unsigned pixel) const {

@@ -19,7 +19,8 @@ constexpr bool kWinograd = sizeof(T) >= 4;  // a half type would round the trans
 
 // Whether Winograd's form is the quicker one.
 bool suits_winograd(const Pyramid& p, const Tiles& tiles) {
-  return p.c % 16 == 0 && p.outputs % 16 == 0;
+  // Packing the filters costs as much as some tiles; the transforms, for few channels, more than is saved.
+  return std::min(p.c, p.outputs) >= 24 && 8 * (tiles.count() + 32) < 3 * p.pixels();
 }
 
 // What a branch's convolution reads, (n, c, h, w) with padding unless the convolution pads by itself.
@@ -50,7 +51,7 @@ FUSED_INPAINT_CLONES void finish(const T* sum, const acc_t<T>* __restrict bias, 
   for (int64_t pixel = begin; pixel < end; ++pixel)
     for (int64_t c = 0; c < n; ++c) {
       const acc_t<T> v = load(sum[pixel * n + c]) + bias[c];
-      store(y + pixel * stride + c, relu && v < 0 ? acc_t<T>(0) : v);
+      store(y + pixel * stride + c, relu && v < 0 ? acc_t<T>(0) : v);  // a NaN stays one
     }
 }
 
@@ -83,18 +84,18 @@ Tensor masked_gradients(const Tensor& grad_, const Tensor& y_, const Pyramid& p,
     using A = acc_t<T>;
     const T *from = data<T>(grad), *o = data<T>(y);
     T* to = mutable_data<T>(out);
-    std::vector<A> sums(chunks.n * channels);
+    std::vector<double> partial(chunks.n * channels), total(channels);
     parallel_for(0, chunks.n, chunks.grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        (p.relu ? mask_chunk<T, true> : mask_chunk<T, false>)(from, o, to, sums.data() + b * channels, p.branches(),
-                                                              p.outputs, chunks.pixels, chunks.begin(b), chunks.end(b));
+      std::vector<A> sums(channels);
+      for (int64_t b = begin; b < end; ++b) {
+        (p.relu ? mask_chunk<T, true> : mask_chunk<T, false>)(from, o, to, sums.data(), p.branches(), p.outputs,
+                                                              chunks.pixels, chunks.begin(b), chunks.end(b));
+        std::copy(sums.begin(), sums.end(), partial.begin() + b * channels);
+      }
     });
     if (!grad_bias) return;
-    for (int64_t c = 0; c < channels; ++c) {
-      double total = 0;
-      for (int64_t b = 0; b < chunks.n; ++b) total += sums[b * channels + c];
-      mutable_data<A>(*grad_bias)[c] = static_cast<A>(total);
-    }
+    merge_sums(partial.data(), chunks.n, channels, total.data());
+    std::copy(total.begin(), total.end(), mutable_data<A>(*grad_bias));
   });
   return out;
 }
@@ -136,7 +137,7 @@ Tensor pyramid_conv2d(Tensor x_, Tensor weight_, std::optional<Tensor> bias, Int
   Tensor y = empty_channels_last({p.n, p.all_outputs(), p.h, p.w}, x_.scalar_type(), x_);
   if (p.n == 0) return y;
   const Tensor x = channels_last(x_), weight = channels_last(weight_);
-  Workspace space(x);
+  Workspace space;
   dispatch_float("pyramid_conv2d", x.scalar_type(), [&]<typename T>() {
     const std::vector<acc_t<T>> none(p.outputs, acc_t<T>(0));
     for (int64_t b = 0; b < p.branches(); ++b) {
@@ -177,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> pyramid_conv2d_backward(Tensor grad, Tensor y
   const Tensor x = channels_last(x_), weight = channels_last(weight_);
   Tensor sum = empty_channels_last(need_x ? sizes(x) : std::vector<int64_t>{0, 0, 0, 0}, wide(dtype), x);
   torch::stable::zero_(sum);
-  Workspace space(x);
+  Workspace space;
   dispatch_float("pyramid_conv2d", dtype, [&]<typename T>() {
     for (int64_t b = 0; b < p.branches(); ++b) {
       const Tensor filters = rows_of(weight, p, b), of_branch = torch::stable::narrow(masked, 0, b * p.n, p.n);

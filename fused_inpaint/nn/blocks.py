@@ -18,7 +18,8 @@ class AOTBlock(nn.Module):
         y = x * (1 - g) + fuse(pyramid(x)) * g,  g = sigmoid(10 * (gate(x) - mean) / (std + 1e-9) - 5)
 
     `layer(x)`: x (N, C, H, W), H and W larger than the largest rate, to y (N, C, H, W), channels_last. `pyramid` has
-    C / len(rates) channels for each rate; `fuse` and `gate` are 3 x 3, C to C; all padding is by reflection.
+    C / len(rates) channels for each rate; `fuse` and `gate` are pyramids of one branch
+    without activation; all padding is by reflection.
 
     Args:
         channels: C, a multiple of the number of rates.
@@ -48,8 +49,8 @@ class AOTBlock(nn.Module):
         factory: Any = {"device": device, "dtype": dtype}
         self.channels, self.rates = channels, rates
         self.pyramid = PyramidConv2d(channels, rates, "reflect", **factory)
-        self.fuse = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect", **factory)
-        self.gate = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect", **factory)
+        self.fuse = PyramidConv2d(channels, (1,), "reflect", "none", **factory)
+        self.gate = PyramidConv2d(channels, (1,), "reflect", "none", **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         # The layout of all that follows.
@@ -58,22 +59,21 @@ class AOTBlock(nn.Module):
 
 
 class SPDBlock(nn.Module):
-    """Spatial pyramid dilation (Li et al., "DeepGIN: Deep Generative Inpainting Network for Extreme Image Inpainting",
-    2020): parallel dilated convolutions, fused and added to the input.
+    """DeepGIN's spatial pyramid dilation residual block (Li et al., "DeepGIN: Deep Generative Inpainting Network for
+    Extreme Image Inpainting", 2020): `block(x)`, (N, C, H, W) to the same size.
 
         y = x + fuse(pyramid(x))
 
-    `layer(x)`: x (N, C, H, W), at least one pixel, to y (N, C, H, W). `pyramid` has C / len(dilations) channels for
-    each dilation; `fuse` is 3 x 3, C to C; all padding replicates.
+    `pyramid` is a `PyramidConv2d`, `fuse` one of a single branch without activation, both with replicate padding.
 
     Args:
         channels: C, a multiple of the number of dilations.
-        dilations: 2, 3, 4, 5 and 2, 3, 4, 5, 6, 8, 10, 1 in the paper's network.
+        dilations: the paper's are (2, 3, 4, 5) and (2, 3, 4, 5, 6, 8, 10, 1).
 
     >>> import torch
     >>> from fused_inpaint import SPDBlock
-    >>> tuple(SPDBlock(8)(torch.rand(2, 8, 3, 5)).shape)
-    (2, 8, 3, 5)
+    >>> tuple(SPDBlock(8)(torch.rand(1, 8, 6, 6)).shape)
+    (1, 8, 6, 6)
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class SPDBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory: Any = {"device": device, "dtype": dtype}
-        self.pyramid = PyramidConv2d(channels, tuple(dilations), "replicate", **factory)
-        self.fuse = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="replicate", **factory)
+        self.pyramid = PyramidConv2d(channels, dilations, "replicate", device=device, dtype=dtype)
+        self.fuse = PyramidConv2d(channels, (1,), "replicate", "none", device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fuse(self.pyramid(x))
+        y: Tensor = x + self.fuse(self.pyramid(x))
+        return y

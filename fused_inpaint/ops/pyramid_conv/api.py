@@ -63,7 +63,7 @@ def pyramid_conv2d(
     dilations = check_dilations(op, dilations)
     _check(op, x, weight, bias, dilations, padding_mode)
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    backend = _backends.choose(op, x.device.type, refusal=lambda name: _refusal(name, dtype))
+    backend = _backends.choose(op, x.device.type, refusal=lambda name: _refusal(name, dtype, len(dilations)))
     # oneDNN has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
     inner = torch.float32 if backend == "cpu" and dtype == torch.float16 else dtype
     x, weight = x.to(dtype).to(inner), weight.to(dtype).to(inner)
@@ -84,8 +84,11 @@ def check_dilations(op: str, dilations: Sequence[int]) -> list[int]:
     return found
 
 
-def _refusal(name: str, dtype: torch.dtype) -> str:
-    return "it computes in float32, not float64" if name == "triton" and dtype == torch.float64 else ""
+def _refusal(name: str, dtype: torch.dtype, branches: int) -> str:
+    if name == "triton" and dtype == torch.float64:
+        return "it computes in float32, not float64"
+    # One launch of its own passes has a pointer for each branch.
+    return f"it takes at most 16 dilations, not {branches}" if name == "cuda" and branches > 16 else ""
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dilations: list[int], padding_mode: str) -> None:

@@ -13,7 +13,6 @@ as (O, kh, kw, C).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,80 +21,7 @@ from torch import Tensor
 
 from .. import triton_common as common
 from ..checks import output_size
-from ..triton_common import INTERPRETED, dot, first_tap
-
-
-@triton.jit
-def _inward(h, size, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The row or column that padding reads in place of h."""
-    if MODE == "reflect":
-        h = tl.abs(h)
-        h = size - 1 - tl.abs(size - 1 - h)
-    if MODE == "replicate":
-        h = tl.minimum(tl.maximum(h, 0), size - 1)
-    return h
-
-
-@triton.jit
-def _under(h, w, alive, height, width, UP: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(index of the stored pixel within its image, whether there is one) at (h, w) of the map nearest x UP."""
-    inside = alive
-    if MODE == "zeros":
-        inside = inside & (h >= 0) & (h < height * UP) & (w >= 0) & (w < width * UP)
-    else:
-        h = _inward(h, height * UP, MODE)
-        w = _inward(w, width * UP, MODE)
-    if UP == 2:
-        h = h >> 1
-        w = w >> 1
-    return h * width + w, inside
-
-
-@triton.jit
-def _walk(  # type: ignore[no-untyped-def]
-    acc,  # (BLOCK_M, BLOCK_N) float32
-    wanted,  # whether to walk at all
-    bits,  # (BLOCK_M,): bit t is set where tap t is read; None: wherever there is a pixel
-    x,  # (N, H, W, C), from the tile's image on
-    weight,  # (O, kh, kw, depth), from the source's first channel on
-    h0,  # (BLOCK_M,) where windows begin
-    w0,
-    alive,
-    o,  # (BLOCK_N,)
-    o_alive,
-    channels,
-    depth,
-    height,
-    width,
-    dil_h,
-    dil_w,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    UP: tl.constexpr,
-    MODE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """acc + W . x; a step is one tap and BLOCK_K channels."""
-    NEVER: tl.constexpr = 31 if KH * KW < 32 else 63  # a bit that is not set
-    k = tl.arange(0, BLOCK_K)
-    weight += o[None, :] * (KH * KW * depth)
-    chunks = tl.cdiv(channels, BLOCK_K)
-    # No steps rather than a branch: the compiler pipelines the loop all the same.
-    for step in range(0, tl.where(wanted, KH * KW * chunks, 0)):
-        tap = step // chunks
-        c = (step - tap * chunks) * BLOCK_K + k
-        c_alive = c < channels
-        at, inside = _under(h0 + tap // KW * dil_h, w0 + tap % KW * dil_w, alive, height, width, UP, MODE)
-        if bits is None:
-            read = inside[:, None] & c_alive[None, :]
-        else:
-            # Written so, the compiler moves the bits to the layout of the loads once, not in every step.
-            read = ((bits[:, None] >> tl.where(c_alive, tap, NEVER)[None, :]) & 1) != 0
-        a = tl.load(x + ((at * channels)[:, None] + c[None, :]), mask=read, other=0.0)
-        b = tl.load(weight + (tap * depth + c)[:, None], mask=c_alive[:, None] & o_alive[None, :], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
-    return acc
+from ..triton_common import first_tap, pixels, rounded, under, walk
 
 
 @triton.jit
@@ -110,7 +36,7 @@ def _region_bits(  # type: ignore[no-untyped-def]
     dw = (tap % KW * dil_w)[:, None]
     # (taps, BLOCK_M): neighbouring threads have neighbouring pixels.
     under_tap = alive[None, :] & (tap < KH * KW)[:, None]
-    at, inside = _under(h0[None, :] + dh, w0[None, :] + dw, under_tap, height, width, UP, MODE)
+    at, inside = under(h0[None, :] + dh, w0[None, :] + dw, under_tap, height, width, UP, MODE)
     valid = tl.load(mask + at, mask=inside, other=0) != 0
     one = (inside & valid).to(BITS) << tap.to(BITS)[:, None]
     other = (inside & (valid == 0)).to(BITS) << tap.to(BITS)[:, None]
@@ -118,20 +44,15 @@ def _region_bits(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pixels(height, width, outputs, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(height, width, outputs, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """(phase, image, row, column, alive, output, whether there is one) of this program.
 
     Columns of the GEMM go first, then the phases: neighbours in time share the pixels that they read.
     """
     tiles = tl.cdiv(outputs, BLOCK_N)
-    across = tl.cdiv(width, BLOCK_W)
-    down = tl.cdiv(height, BLOCK_H)
     o = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = tl.program_id(0) // tiles
-    m = tl.arange(0, BLOCK_H * BLOCK_W)
-    i = tile // across % down * BLOCK_H + m // BLOCK_W
-    j = tile % across * BLOCK_W + m % BLOCK_W
-    return tile // (across * down), i, j, (i < height) & (j < width), o, o < outputs
+    image, i, j, alive = pixels(tl.program_id(0) // tiles, height, width, BLOCK_H, BLOCK_W)
+    return image, i, j, alive, o, o < outputs
 
 
 @triton.jit
@@ -139,12 +60,7 @@ def _finish(y, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[n
     if ACTIVATION == "elu":
         # exp only of what is not above 0: it would overflow.
         y = tl.where(y > 0, y, tl.exp(tl.where(y > 0, 0.0, y)) - 1.0)
-    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
-        # Triton's interpreter cuts off; a GPU rounds to the nearest.
-        bits = y.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        y = tl.where(y == y, nearest, y)
-    return y.to(DTYPE)
+    return rounded(y, DTYPE)
 
 
 _PLAIN = ["bias", "mask", "mask_stride", "height", "width", "to_height", "to_width"]
@@ -164,7 +80,7 @@ def output_kernel(  # type: ignore[no-untyped-def]
     KH: tl.constexpr, KW: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, i, j, alive, o, o_alive = _pixels(to_height, to_width, outputs, BLOCK_H, BLOCK_W, BLOCK_N)
+    n, i, j, alive, o, o_alive = _tile(to_height, to_width, outputs, BLOCK_H, BLOCK_W, BLOCK_N)
     pixel = i * to_width + j
     valid = tl.load(mask + n * mask_stride + pixel, mask=alive, other=0) != 0
     x += n * height * width * channels
@@ -173,12 +89,12 @@ def output_kernel(  # type: ignore[no-untyped-def]
     in_hole = tl.max((alive & (valid == 0)).to(tl.int32), 0) > 0
     in_valid = tl.max(valid.to(tl.int32), 0) > 0
     zeros = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
-    hole = _walk(
+    hole = walk(
         zeros, in_hole, None, x, weight, h0, w0, alive, o, o_alive, channels, channels, height, width,
         dil_h, dil_w, KH, KW, 1, MODE, PRECISION, BLOCK_K,
     )  # fmt: skip
     weight += outputs * (KH * KW) * channels
-    acc = _walk(
+    acc = walk(
         zeros, in_valid, None, x, weight, h0, w0, alive, o, o_alive, channels, channels, height, width,
         dil_h, dil_w, KH, KW, 1, MODE, PRECISION, BLOCK_K,
     )  # fmt: skip
@@ -208,7 +124,7 @@ def input_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     depth = channels + others
     if FOLD:
-        image, i, j, alive, o, o_alive = _pixels(height, width, outputs, BLOCK_H, BLOCK_W, BLOCK_N)
+        image, i, j, alive, o, o_alive = _tile(height, width, outputs, BLOCK_H, BLOCK_W, BLOCK_N)
         n = image // 4
         odd_h = image % 4 // 2
         odd_w = image % 2
@@ -217,7 +133,7 @@ def input_kernel(  # type: ignore[no-untyped-def]
         pixel = (i * 2 + odd_h) * to_width + j * 2 + odd_w
         weight += image % 4 * outputs * (KH * KW) * depth
     else:
-        n, i, j, alive, o, o_alive = _pixels(to_height, to_width, outputs, BLOCK_H, BLOCK_W, BLOCK_N)
+        n, i, j, alive, o, o_alive = _tile(to_height, to_width, outputs, BLOCK_H, BLOCK_W, BLOCK_N)
         h0 = i * stride_h - pad_h
         w0 = j * stride_w - pad_w
         pixel = i * to_width + j
@@ -226,11 +142,11 @@ def input_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     plane = height * width
     acc = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
-    acc = _walk(
+    acc = walk(
         acc, tl.max((valid != 0).to(tl.int32), 0) > 0, valid, existing + n * plane * channels, weight, h0, w0, alive,
         o, o_alive, channels, depth, height, width, dil_h, dil_w, KH, KW, UP, MODE, PRECISION, BLOCK_K,
     )  # fmt: skip
-    acc = _walk(
+    acc = walk(
         acc, tl.max((hole != 0).to(tl.int32), 0) > 0, hole, missing + n * plane * others, weight + channels, h0, w0,
         alive, o, o_alive, others, depth, height, width, dil_h, dil_w, KH, KW, UP, MODE, PRECISION, BLOCK_K,
     )  # fmt: skip
@@ -251,42 +167,6 @@ def refusal(dtype: torch.dtype, select: str, kernel: Sequence[int]) -> str:
         if select == "input" and taps > common.BITS
         else ""
     )
-
-
-class _Plan(NamedTuple):
-    """The grid of one launch and what the kernel is compiled for."""
-
-    grid: tuple[int]
-    options: dict[str, Any]
-
-
-_SHAPES = ((8, 16), (8, 8), (4, 8))  # of a tile, in pixels
-_ENOUGH = 264  # programs: two for each processor of a large GPU
-
-
-def _plan(like: Tensor, images: int, height: int, width: int, outputs: int, channels: int) -> _Plan:
-    """`images` is counted once for each phase; `channels` are those of the wider source."""
-    precision = common.precision(like.dtype)
-    # Products in float32 proper run on the ordinary cores, from registers.
-    block_n = min(32 if precision == "ieee" else 64, common.power_of_2(outputs))
-    block_k = min(64 if precision == "half" else 32 if precision == "tf32" else 16, common.power_of_2(channels))
-    for shape in _SHAPES:
-        tiles = images * triton.cdiv(height, shape[0]) * triton.cdiv(width, shape[1]) * triton.cdiv(outputs, block_n)
-        if tiles >= _ENOUGH:
-            break
-    tile = common.fit(
-        common.Config(shape[0] * shape[1], block_n, block_k, 4, 3, 1), block_k, like.element_size(), like.device
-    )
-    options = {
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "BLOCK_H": shape[0],
-        "BLOCK_W": shape[1],
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-    return _Plan((tiles,), options)
 
 
 def _output(
@@ -321,7 +201,7 @@ def region_conv2d_output(
     if y.numel() == 0:
         return y
     images, outputs, height, width = y.shape
-    plan = _plan(x, images, height, width, outputs, x.size(1))
+    plan = common.plan(x, images, height, width, outputs, x.size(1))
     common.launch(
         output_kernel,
         plan.grid,
@@ -375,7 +255,7 @@ def region_conv2d_input(
     if fold:
         padding_mode = "replicate" if padding_mode == "reflect" else padding_mode
     cells = (4 * images, height, width) if fold else (images, y.size(2), y.size(3))
-    plan = _plan(existing, *cells, outputs, max(channels, missing.size(1)))
+    plan = common.plan(existing, *cells, outputs, max(channels, missing.size(1)))
     common.launch(
         input_kernel,
         plan.grid,
