@@ -2,7 +2,7 @@
 """Peak memory of one rival's training step, in a process of its own: `python memory_probe.py FORM SIDE BATCH`.
 
 For "region ours" and "region dense", forward and backward of one region-wise layer, BATCH is the upsampling; for
-"attention ours", "attention published", "gram_l1 ours" and "gram_l1 eager" it is 1.
+"attention ours", "attention published", "gram_l1 ours", "gram_l1 eager" and a paper's network ("aot_gan ours") it is 1.
 
 CPU tensors pass through no allocator that counts them, and counting tensors would miss what oneDNN takes for
 itself. So this reads the kernel's high-water mark of resident memory. To make that mark follow the live tensors,
@@ -46,11 +46,15 @@ def figures(form: str, side: int, batch: int) -> dict[str, float]:
 def main(form: str, side: int, batch: int, layout: str = "channels_last") -> dict[str, float]:
     import torch
     from harness import ON_GPU, THREADS
+    from network_rivals import PAPERS, SMALL, SMALL_SIDE, NetworkStep
     from pairwise_rivals import PairwiseStep
     from region_rivals import RegionStep
     from rivals import TrainingStep, fresh_network, on_device
 
-    def step_of(side: int, **size: int) -> TrainingStep | RegionStep | PairwiseStep:
+    def step_of(side: int, **size: int) -> TrainingStep | RegionStep | PairwiseStep | NetworkStep:
+        key, _, kind = form.partition(" ")
+        if key in PAPERS:
+            return NetworkStep(key, kind, SMALL_SIDE, **SMALL[key]) if size else NetworkStep(key, kind, side)
         if form.startswith("region"):
             return RegionStep(form, side, upsample=batch)
         if form.startswith(("attention", "gram_l1")):

@@ -148,6 +148,23 @@ BLOCK_BARS = [
     Bar("AOT block forward+backward: ours / eager", "<=", 0.88, mean_ratio(["aot_block"], "training", "ours", "eager")),
 ]
 
+NETWORK_BARS = [
+    Bar("region-wise network 256 inference: ours / dense port channels_last", "<=", 0.50,
+        mean_ratio(["region_wise256"], "inference", "ours", "eager channels_last")),
+    Bar("AOT-GAN 256 inference: ours / eager channels_last", "<=", 0.90,
+        mean_ratio(["aot_gan256"], "inference", "ours", "eager channels_last")),
+    Bar("DeepGIN 256 inference: ours / eager channels_last", "<=", 0.85,
+        mean_ratio(["deepgin256"], "inference", "ours", "eager channels_last")),
+    Bar("cGAN of partial convolutions and region norm, 256 training step: eager / ours", ">=", 2.0,
+        mean_ratio(["cgan_pc_rn256"], "training", "eager", "ours")),
+    *(bar for key, name in (("aot_gan", "AOT-GAN"), ("deepgin", "DeepGIN")) for bar in (
+        Bar(f"{name} 256 training step, peak memory: ours / eager", "<=", 0.8,
+            quotient(f"{key}256 memory", f"{key} ours peak", f"{key} eager peak")),
+        Bar("... of it, above what stays between steps: ours / eager", "<=", 0.8,
+            quotient(f"{key}256 memory", f"{key} ours step", f"{key} eager step")),
+    )),
+]
+
 ENC16, DEC16 = ([f"{name}{i} b16" for i in (2, 3, 4, 5)] for name in ("enc", "dec"))
 ALL_ENC, ALL_DEC = [f"{name} b16" for name in ENCODER], [f"{name} b16" for name in DECODER]
 DEEP = [f"{name}{i} b1" for name in ("enc", "dec") for i in (6, 7, 8)]
@@ -206,7 +223,7 @@ GPU_BARS = [
 
 # A smoke run takes the rows of both.
 BARS = [
-    *([] if ON_GPU else CPU_BARS + REGION_BARS + BLOCK_BARS + PAIRWISE_BARS),
+    *([] if ON_GPU else CPU_BARS + REGION_BARS + BLOCK_BARS + PAIRWISE_BARS + NETWORK_BARS),
     *(GPU_BARS if ON_GPU or SMOKE else []),
 ]
 

@@ -66,6 +66,10 @@ class Photo:
         planes = self.pixels.reshape(*self.size, -1)[..., : self.colours].astype(np.float32) / self.white
         return torch.from_numpy(planes).permute(2, 0, 1).expand(3, -1, -1)[None].contiguous()
 
+    def enlarged(self, factor: int) -> Photo:
+        """Each pixel `factor` x `factor` times."""
+        return replace(self, pixels=self.pixels.repeat(factor, 0).repeat(factor, 1))
+
     def filled(self, result: Tensor, known: Tensor) -> Photo:  # (1, 3, H, W), (1, 1, H, W)
         """The photo with the colours of `result` in its holes; known pixels and alpha keep their stored values."""
         colours = result[0].clamp(0, 1).double()
@@ -77,6 +81,41 @@ class Photo:
         hole = known[0, 0].numpy() <= 0
         view[hole, : self.colours] = stored[hole]
         return replace(self, pixels=pixels)
+
+
+def spread(image: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The pixels of a small image at their places in one `factor` times as large, and the mask of these places: a
+    network for inpainting then fills in what is between them (Liu et al. 2018, section 5.2).
+
+    Pixel (x, y) goes to (K x + K // 2, K y + K // 2), K = factor.
+
+    Args:
+        image: (N, C, H, W).
+        factor: K, from 1 on.
+
+    Returns:
+        (image (N, C, K H, K W) with 0 in the holes, mask (1, 1, K H, K W) with 1 = valid), both of the image's dtype.
+
+    Raises:
+        ValueError: an image of other dimensions, or a factor below 1.
+
+    >>> import torch
+    >>> image, mask = spread(torch.tensor([[[[0.25, 0.5]]]]), 2)
+    >>> image.tolist()
+    [[[[0.0, 0.0, 0.0, 0.0], [0.0, 0.25, 0.0, 0.5]]]]
+    >>> mask.tolist()
+    [[[[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0]]]]
+    """
+    if image.dim() != 4:
+        raise ValueError(f"spread: image must be (N, C, H, W), got {tuple(image.shape)}")
+    if factor < 1:
+        raise ValueError(f"spread: factor must be 1 or more, got {factor}")
+    n, c, high, wide = image.shape
+    large = image.new_zeros(n, c, factor * high, factor * wide)
+    mask = image.new_zeros(1, 1, factor * high, factor * wide)
+    places = (..., slice(factor // 2, None, factor), slice(factor // 2, None, factor))
+    large[places], mask[places] = image, 1
+    return large, mask
 
 
 def read_photo(path: str | os.PathLike[str]) -> Photo:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The papers' networks on the fused ops: `build_model`, `build_discriminator`, `load_published`."""
+"""The papers' networks on the fused ops: `build_model`, `build_discriminator`, `load_published`, `export_onnx`."""
 
 from .aot_gan import AOTGAN, AOTGANDiscriminator, AOTGANNet, SMPatchGAN
 from .base import Discriminator, InpaintingModel, Prediction
 from .cgan_pc_rn import CGANPCRN, CGANPCRNDiscriminator
 from .deepgin import DeepGIN, DeepGINDiscriminator, DeepGINGenerator, DeepGINPrediction, MultiScaleDiscriminator
+from .export import export_onnx
 from .pconv import PConv, PConvUNet
 from .published import key_of, load_published
 from .region_wise import RegionWise, RegionWiseDiscriminator, RegionWisePrediction
@@ -36,6 +37,7 @@ __all__ = [
     "SMPatchGAN",
     "build_discriminator",
     "build_model",
+    "export_onnx",
     "key_of",
     "load_published",
 ]

@@ -66,7 +66,8 @@ class _UpConv(nn.Conv2d):
         # Of the 3 taps of a row two fall on one low-resolution pixel: sums of neighbouring taps are the 4 taps of a
         # transposed convolution of stride 2. What reflects by one after the upsampling replicates before it.
         taps = self.weight.flip(2, 3).transpose(0, 1)  # (C, O, 3, 3)
-        folded = F.avg_pool2d(taps, 2, stride=1, padding=1, divisor_override=1)  # (C, O, 4, 4)
+        # Not divisor_override=1, which torch's ONNX exporter drops without a word.
+        folded = 4 * F.avg_pool2d(taps, 2, stride=1, padding=1)  # (C, O, 4, 4)
         y = F.conv_transpose2d(_pad(x, 1, "replicate"), folded, self.bias, stride=2, padding=3)
         return F.elu(y, inplace=True)
 

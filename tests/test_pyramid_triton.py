@@ -2,6 +2,7 @@
 """The Triton kernel of parallel dilated convolutions without a GPU: in Triton's interpreter, and compiled for sm_80 and
 sm_90. As in test_region_triton.py, the interpreter has a process of its own, which `test_interpreter` starts."""
 
+import dataclasses
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,7 +34,12 @@ def forward(case: conv.Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             return y, s.wide()()
 
 
-FEW = ("reflect", "replicate", "zeros", "nine_outputs")
+# The interpreter takes its time: small maps, and where they are small, few branches.
+CASES = [
+    dataclasses.replace(case, batch=1, size=case.size if case.size < (5, 9) else (5, 9))
+    for case in conv.CASES
+    if "tiled" not in case.name and case.name not in ("eight", "as_far_as_reflects", "empty_batch")
+]
 
 
 @interpreted
@@ -42,9 +48,9 @@ FEW = ("reflect", "replicate", "zeros", "nine_outputs")
     "case, dtype, rtol",
     [
         pytest.param(case, dtype, rtol, id=f"{case.name}-{dtype}")
-        for case in conv.CASES
+        for case in CASES
         for dtype, rtol in TYPES
-        if "tiled" not in case.name and case.name != "empty_batch" and (dtype == torch.float32 or case.name in FEW)
+        if dtype == torch.float32 or case.name == "nine_outputs"
     ],
 )
 def test_forward(case: conv.Case, dtype: torch.dtype, rtol: float) -> None:
@@ -63,7 +69,7 @@ def test_tiles(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_inpaint.ops import triton_common
 
     monkeypatch.setattr(triton_common, "SHAPES", (shape,))
-    case = conv.Case("shapes", (1, 3), "replicate", channels=18, outputs=35, size=(9, 17))
+    case = conv.Case("shapes", (1, 3), "replicate", channels=18, outputs=35, size=(9, 11), batch=2)
     y, expected = forward(case, torch.float32)
     assert_close(y, expected, 1e-5)
 
@@ -83,7 +89,7 @@ def test_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         launch(kernel, *arguments, **options)
 
     monkeypatch.setattr(triton_common, "launch", counting)
-    s = conv.sample(conv.named(name))
+    s = conv.sample(next(case for case in CASES if case.name == name))
     grad = conv.cotangent(s)
     actual, expected = conv.results(s, grad), conv.truth(s, grad)
     assert launched == ["pyramid_kernel"]
@@ -103,8 +109,8 @@ def test_refuses_float64() -> None:
 @starts_interpreter
 def test_interpreter() -> None:
     """All of the above, and the operator's own suite on a few cases."""
-    chosen = "test_pyramid_triton or (triton and ((test_opcheck and reflect) or test_published or test_nan_stays))"
-    run_interpreted([(40, ["test_pyramid_triton.py", "test_pyramid_conv.py"], f"({chosen}) and not tiled")])
+    chosen = "test_pyramid_triton or (triton and (one_pixel-grad or test_nan_stays) and not tiled)"
+    run_interpreted([(25, ["test_pyramid_triton.py", "test_pyramid_conv.py"], chosen)])
 
 
 def compile_kernels(dtype: torch.dtype, precision: str, capability: int) -> list[Compiled]:
@@ -146,6 +152,7 @@ def test_compiles(
     assert [result.kernel for result in results] == ["pyramid_kernel"] * (3 if precision == "half" else 2)
     for result in results:
         assert result.cubin > 0 and result.shared <= SHARED_MEMORY[capability] and result.spilled == 0, result
-        wgmma = capability == 90
+        # Of 32 pixels, where the map is small, there is none.
+        wgmma = capability == 90 and result.options["BLOCK_H"] * result.options["BLOCK_W"] >= 64
         assert (result.wgmma, result.mma) == ((False, False) if precision == "ieee" else (wgmma, not wgmma)), result
         assert result.wide_copies and result.conversions == 0, result

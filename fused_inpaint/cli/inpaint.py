@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .. import images
 
     jobs = _jobs(arguments)
-    complete = _network(arguments) if arguments.weights else _internal(arguments)
+    complete = network(arguments) if arguments.weights else _internal(arguments)
     failed: list[str] = []
     bar = ProgressBar("photos")
     try:
@@ -127,7 +127,8 @@ def _internal(arguments: argparse.Namespace) -> Complete:
     return complete
 
 
-def _network(arguments: argparse.Namespace) -> Complete:
+def network(arguments: argparse.Namespace) -> Complete:
+    """By the checkpoint of `weights` with `model`, `strategy`, `size` and `overlap`."""
     from .. import models
 
     try:

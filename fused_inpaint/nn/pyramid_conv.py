@@ -51,7 +51,9 @@ class PyramidConv2d(nn.Module):
         if activation not in ("relu", "none"):
             raise error(name, "activation", "relu or none", activation)
         self.channels, self.padding_mode, self.activation = channels, padding_mode, activation
-        self.weight = nn.Parameter(torch.empty((channels, channels, 3, 3), device=device, dtype=dtype))
+        weight = torch.empty((channels, channels, 3, 3), device=device, dtype=dtype)
+        # The layout that the kernels read, which each call would otherwise bring it to.
+        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
 

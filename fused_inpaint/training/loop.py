@@ -73,7 +73,9 @@ class Trainer:
             if dist.is_initialized() and self.device.type == "cuda":  # torch has no other
                 self.critic = nn.SyncBatchNorm.convert_sync_batchnorm(self.critic)
         self.optimiser = _adam(self.model, recipe.rate, recipe.betas)
-        self.critic_optimiser = self.critic and _adam(self.critic, recipe.discriminator_rate, recipe.betas)
+        self.critic_optimiser = None
+        if self.critic is not None:
+            self.critic_optimiser = _adam(self.critic, recipe.discriminator_rate, recipe.betas)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if options.ema else None
         self.features: nn.Module | None = None
         if options.vgg is not None:

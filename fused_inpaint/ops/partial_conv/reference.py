@@ -34,8 +34,9 @@ def partial_window(
         for m, c, up in zip(masks, channels, upsample, strict=True)
     )
     assert isinstance(valid, Tensor)
-    # float64 counts exactly on every device that has it; MPS has not, and its float32 does up to 2^24.
-    exact = torch.float32 if valid.device.type == "mps" else torch.float64
+    # float64 counts exactly on every device that has it; MPS and ONNX runtimes have not, and float32 does up to 2^24.
+    narrow = valid.device.type == "mps" or torch.onnx.is_in_onnx_export()
+    exact = torch.float32 if narrow else torch.float64
     ones = torch.ones(1, 1, *kernel_size, dtype=exact, device=valid.device)
     count = F.conv2d(valid.to(exact), ones, None, tuple(stride), tuple(padding), tuple(dilation))
     count = count.round().to(torch.int32)

@@ -18,7 +18,8 @@ from torch import Tensor
 def _activate(y: Tensor, activation: str, slope: float) -> Tensor:
     if activation == "relu":
         return F.relu(y)
-    return F.leaky_relu(y, slope) if activation == "leaky_relu" else y
+    # A choice of two values rather than F.leaky_relu, which ONNX runtimes do not have in float64.
+    return torch.where(y > 0, y, slope * y) if activation == "leaky_relu" else y
 
 
 def region_norm(

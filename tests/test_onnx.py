@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each network as ONNX: standard operators alone, and onnxruntime's numbers."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fused_inpaint import _backends, models
+
+NETWORKS = {
+    "pconv": (("pconv", {"levels": 2, "width": 4}), (18, 13), ["prediction", "defined"]),
+    "cgan_pc_rn": (("cgan_pc_rn", {"levels": 2, "width": 4}), 16, ["prediction", "defined"]),
+    "rn": (("cgan_pc_rn", {"variant": "rn", "width": 4, "blocks": 1}), 16, ["prediction", "defined"]),
+    "region_wise": (("region_wise", {"width": 4}), 72, ["first", "prediction"]),
+    "region_wise output": (("region_wise", {"width": 4, "region": "output"}), 72, ["first", "prediction"]),
+    "deepgin": (("deepgin", {"width": 8, "block": "dilated"}), 32, ["coarse", "low_resolution", "prediction"]),
+    "aot_gan": (("aot_gan", {"width": 8, "blocks": 1}), (37, 40), ["prediction", "defined"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # the exporter's own
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_the_network(name: str, tmp_path: Path, one_thread: None) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (fused-inpaint[onnx])")
+    import onnx
+    import onnxruntime
+
+    (key, config), size, outputs = NETWORKS[name]
+    model = models.build_model(key, **config)
+    for parameter in model.net.parameters():  # that keep the size of what passes, so that a wrong layer shows
+        nn.init.normal_(parameter, std=0.1 if parameter.dim() < 2 else parameter[0].numel() ** -0.5)
+    path = tmp_path / "network.onnx"
+    selected = _backends._selected
+    models.export_onnx(model, path, size)
+    assert model.training, "the model is left as it is"
+    assert _backends._selected == selected, "the backend is left as it is"
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}, "standard operators alone"
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    height, width = (size, size) if isinstance(size, int) else size
+    image, mask = torch.rand(1, 3, height, width), (torch.rand(1, 1, height, width) > 0.3).float()
+    mask[..., :9, :9] = 0
+    with torch.no_grad():
+        expected = [value for value in model.eval()(image, mask) if value is not None]
+    found = session.run(None, {"image": image.numpy(), "mask": mask.numpy()})
+    assert [output.name for output in session.get_outputs()] == outputs
+    for actual, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), value, rtol=0, atol=1e-4)
+    assert all(value.std() > 0.01 for value in expected if value.size(1) == 3), "a constant picture would hide errors"
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = models.build_model("aot_gan", width=8, blocks=1)
+    with pytest.raises(ValueError, match=re.escape("export_onnx: size must be at least 1 x 1, got 0 x 8")):
+        models.export_onnx(model, tmp_path / "none.onnx", (0, 8))
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = 'export_onnx: onnx and onnxscript must be installed (pip install "fused-inpaint[onnx]"), got neither'
+    with pytest.raises(ImportError, match=re.escape(message)):
+        models.export_onnx(model, tmp_path / "none.onnx", 40)
