@@ -131,6 +131,8 @@ def test_autocast(backend: str, device: torch.device) -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"^AOTBlock: x must be \(N, C, H, W\), got \(8, 9, 9\)$"):
+        AOTBlock(8)(torch.ones(8, 9, 9))
     with pytest.raises(ValueError, match=r"^AOTBlock: channels must be a positive multiple of len\(rates\) 3, got 16$"):
         AOTBlock(16, (1, 2, 4))
     with pytest.raises(ValueError, match=r"^AOTBlock: channels must be a positive multiple of len\(rates\) 0, got 16$"):

@@ -280,6 +280,10 @@ def test_nan_stays(backend: str, device: torch.device, name: str) -> None:
     assert expected.any() and y.isnan().cpu()[expected].all() and not y[far].isnan().any()
     if "tiled" not in name:
         assert torch.equal(y.isnan().cpu(), expected)
+    # A loss that is NaN must show in every gradient that it reaches, through the ReLU too.
+    if s.bias is not None:
+        s().square().sum().backward()
+        assert s.bias.grad.isnan().cpu()[expected.any(0).flatten(1).any(1)].all()
 
 
 @given(

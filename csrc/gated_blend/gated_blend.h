@@ -4,8 +4,13 @@
 //   y = x * (1 - g) + f * g,  g = sigmoid(z),  z = 10 * (gate - mean) / (std + 1e-9) - 5
 //
 //   dx = dy * (1 - g),  df = dy * g
-//   dgate = gain * (p - mean of p - slant * (gate - mean))          gain = 10 / (std + 1e-9), p = dy * (f - x) * g * (1
-//   - g) slant = sum of p * (gate - mean) / ((n - 1) * std * (std + 1e-9)), 0 where std is 0
+//   dgate = gain * (p - mean of p - slant * (gate - mean))
+//
+//   gain = 10 / (std + 1e-9)
+//
+//   p = dy * (f - x) * g * (1 - g)
+//
+//   slant = sum of p * (gate - mean) / ((n - 1) * std * (std + 1e-9)), 0 where std is 0
 //
 // mean and the unbiased std run over the n pixels of one sample's channel; std of a single pixel is 0. Maps are
 // (N, C, H, W) with channels last in memory. Statistics are (N, 3, C) in the accumulator's type: the mean, what
@@ -74,9 +79,9 @@ struct Gate {
 
 // Memory safety only: what a user can get wrong is said in Python, in better words.
 inline void check_map(const char* name, const Tensor& t, const Tensor& x) {
-  bool fits = t.dim() == 4 && x.dim() == 4 && t.scalar_type() == x.scalar_type();
+  bool fits = t.dim() == 4 && x.dim() == 4 && t.scalar_type() == x.scalar_type() && t.device() == x.device();
   for (int d = 0; fits && d < 4; ++d) fits = t.size(d) == x.size(d);
-  STD_TORCH_CHECK(fits, "gated_blend: ", name, " must be (N, C, H, W), of the size and dtype of x");
+  STD_TORCH_CHECK(fits, "gated_blend: ", name, " must be (N, C, H, W), of the size, dtype and device of x");
 }
 
 inline ScalarType wide_type(const Tensor& x) {
@@ -124,7 +129,8 @@ inline std::tuple<Tensor, Tensor, Tensor> gated_blend_backward(Tensor grad, Tens
   for (const Tensor* t : {&grad, &x, &f, &gate}) check_map("each map", *t, x);
   const Tensor statistics = torch::stable::contiguous(statistics_);
   STD_TORCH_CHECK(statistics.dim() == 3 && statistics.size(0) == x.size(0) && statistics.size(1) == kStatistics &&
-                      statistics.size(2) == x.size(1) && statistics.scalar_type() == wide_type(x),
+                      statistics.size(2) == x.size(1) && statistics.scalar_type() == wide_type(x) &&
+                      statistics.device() == x.device(),
                   "gated_blend: statistics must be (N, 3, C) in the accumulator's type");
   const auto result = [&](bool needed) { return needed ? empty_like_map(x) : empty({0}, x.scalar_type(), x); };
   Tensor grad_x = result(need_x), grad_f = result(need_f), grad_gate = result(need_gate);

@@ -43,7 +43,7 @@ inline Pyramid describe_pyramid(const Tensor& x, const Tensor& weight, const Int
                   "pyramid_conv2d: x must be (N, C, H, W) of at least one pixel");
   STD_TORCH_CHECK(weight.dim() == 4 && branches > 0 && weight.size(0) > 0 && weight.size(0) % branches == 0 &&
                       weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
-                      weight.scalar_type() == x.scalar_type(),
+                      weight.scalar_type() == x.scalar_type() && weight.device() == x.device(),
                   "pyramid_conv2d: weight must be (O, C, 3, 3) in x's dtype, O divisible by the number of dilations");
   STD_TORCH_CHECK(activation == "none" || activation == "relu", "pyramid_conv2d: activation must be none or relu, got ",
                   activation);
@@ -69,13 +69,13 @@ inline Tensor rows_of(const Tensor& weight, const Pyramid& p, int64_t branch) {
 
 inline void check_outputs(const char* name, const Tensor& t, const Pyramid& p, const Tensor& x) {
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == p.n && t.size(1) == p.all_outputs() && t.size(2) == p.h &&
-                      t.size(3) == p.w && t.scalar_type() == x.scalar_type(),
-                  "pyramid_conv2d: ", name, " must be of y's size and x's dtype");
+                      t.size(3) == p.w && t.scalar_type() == x.scalar_type() && t.device() == x.device(),
+                  "pyramid_conv2d: ", name, " must be of y's size and x's dtype and device");
 }
 
 inline void check_bias(const std::optional<Tensor>& bias, const Pyramid& p, const Tensor& x) {
   STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == p.all_outputs() &&
-                            bias->scalar_type() == wide(x.scalar_type())),
+                            bias->scalar_type() == wide(x.scalar_type()) && bias->device() == x.device()),
                   "pyramid_conv2d: bias must be contiguous (O,) in the accumulator's type");
 }
 

@@ -67,7 +67,7 @@ FUSED_INPAINT_CLONES void mask_chunk(const T* grad, const T* y, T* out, acc_t<T>
       T* __restrict to = out + (b * pixels + pixel) * n;
       acc_t<T>* __restrict sum = sums + b * n;
       for (int64_t c = 0; c < n; ++c) {
-        const acc_t<T> v = !relu || load(o[c]) > 0 ? load(g[c]) : acc_t<T>(0);
+        const acc_t<T> v = !relu || !(load(o[c]) <= 0) ? load(g[c]) : acc_t<T>(0);
         sum[c] += v;
         store(to + c, v);
       }

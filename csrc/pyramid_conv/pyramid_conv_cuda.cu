@@ -81,7 +81,7 @@ __global__ void mask_kernel(const T* grad, const T* y, unsigned n, unsigned chan
       const Pack<T, V> g = load_pack<V>(grad + pixel * channels + c), o = load_pack<V>(y + pixel * channels + c);
       Pack<T, V> result{};
       for (int k = 0; k < V; ++k)
-        if (!relu || load(o.v[k]) > 0) {
+        if (!relu || !(load(o.v[k]) <= 0)) {
           result.v[k] = g.v[k];
           sums.v[k] += load(g.v[k]);
         }

@@ -50,7 +50,7 @@ class SelfAttention2d(nn.Module):
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        check_feature_map("SelfAttention2d", "x", x, x)
+        check_feature_map("SelfAttention2d", "x", x, self.qkv.weight)
         if x.size(1) != self.channels:
             raise error("SelfAttention2d", "x", f"(N, {self.channels}, H, W)", tuple(x.shape))
         x = x.contiguous(memory_format=torch.channels_last)

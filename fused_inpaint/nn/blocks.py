@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import check_feature_map
 from ..ops.gated_blend import gated_blend
 from .pyramid_conv import PyramidConv2d
 
@@ -53,6 +54,7 @@ class AOTBlock(nn.Module):
         self.gate = PyramidConv2d(channels, (1,), "reflect", "none", **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_feature_map("AOTBlock", "x", x, x)
         # The layout of all that follows.
         x = x.contiguous(memory_format=torch.channels_last)
         return gated_blend(x, self.fuse(self.pyramid(x)), self.gate(x))

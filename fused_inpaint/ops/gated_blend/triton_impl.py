@@ -253,6 +253,7 @@ def _cut(x: Tensor) -> _Cut:
 
 def gated_blend(x: Tensor, f: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """y, and the statistics (N, 3, C) float32."""
+    _require_alike(x, f, gate)
     x, f, gate = (common.nhwc(t) for t in (x, f, gate))
     images, channels = x.shape[:2]
     cut = _cut(x)
@@ -271,6 +272,9 @@ def gated_blend_backward(
     grad: Tensor, x: Tensor, f: Tensor, gate: Tensor, statistics: Tensor, need_x: bool, need_f: bool, need_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, f and gate; (0,) for one that is not needed."""
+    _require_alike(x, f, gate, grad)
+    if statistics.shape != (x.size(0), 3, x.size(1)) or statistics.dtype != torch.float32:
+        raise ValueError(f"gated_blend: statistics must be (N, 3, C) float32, got {tuple(statistics.shape)}")
     grad, x, f, gate = (common.nhwc(t) for t in (grad, x, f, gate))
     statistics = statistics.contiguous()
     images, channels = x.shape[:2]
@@ -290,3 +294,12 @@ def gated_blend_backward(
     common.launch(gradient_kernel, cut.grid, *tensors, *cut.sizes, **cut.blocks)
     grad_x, grad_f, grad_gate = (x.new_empty(0) if t is None else t for t in results)
     return grad_x, grad_f, grad_gate
+
+
+def _require_alike(x: Tensor, *others: Tensor) -> None:
+    """What a direct call of the operator could read past the end of."""
+    for t in others:
+        if x.dim() != 4 or t.shape != x.shape or t.dtype != x.dtype:
+            raise ValueError(
+                f"gated_blend: each map must be {tuple(x.shape)} {x.dtype}, got {tuple(t.shape)} {t.dtype}"
+            )

@@ -108,6 +108,8 @@ def _tile(x: Tensor) -> _Tile:
 
 def gram_l1_positions(a: Tensor, b: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (N,), and the products of the differences' signs with a and with b: (N, C, H, W) channels_last, or (0,)."""
+    if a.dim() != 4 or a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"gram_l1: b must be {tuple(a.shape)} {a.dtype}, got {tuple(b.shape)} {b.dtype}")
     a, b = common.nhwc(a), common.nhwc(b)
     n, channels, pixels = a.size(0), a.size(1), a.size(2) * a.size(3)
     products = [product_like(t, need) for t, need in ((a, need_a), (b, need_b))]

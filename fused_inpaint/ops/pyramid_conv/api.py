@@ -42,7 +42,8 @@ def pyramid_conv2d(
     Returns:
         y (N, O, H, W) in x's dtype, channels_last.
 
-    Dtypes: float32, float64 (CPU), float16, bfloat16; half types accumulate in float32.
+    Dtypes: float32, float64 (CPU), float16, bfloat16; half types accumulate in float32. On a CPU, in float32 and
+    float64, a NaN or an infinity may also reach outputs up to two dilations from the windows that read it.
 
     Raises:
         ValueError: an argument of wrong rank, size, dtype or device; a dilation too large to reflect.
