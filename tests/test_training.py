@@ -208,10 +208,11 @@ def test_accumulated_batches_are_one_batch(folder: Path, tmp_path: Path) -> None
         run = trainer(folder, tmp_path / name, "aot_gan", small("aot_gan", batch=batch), accumulate=accumulate, steps=2)
         run.run()
         found.append((log(tmp_path / name), weights(tmp_path / name)))
-    for one, other in zip(*(lines for lines, _ in found), strict=True):
-        assert all(abs(one[k] - other[k]) <= 1e-5 * max(abs(one[k]), 1e-3) for k in one)
+    # Of the first step; from the second on Adam has made whole steps of rounding's signs.
+    one, other = (lines[0] for lines, _ in found)
+    assert all(abs(one[k] - other[k]) <= 1e-5 * max(abs(one[k]), 1e-3) for k in one)
     for key, value in found[0][1].items():
-        assert (value - found[1][1][key]).abs().max() < 1e-4  # Adam makes a step of rounding's sign
+        assert (value - found[1][1][key]).abs().mean() < 2e-6, key  # a step is 1e-4
 
 
 def test_half_precision_step(folder: Path, tmp_path: Path) -> None:

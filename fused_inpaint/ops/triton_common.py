@@ -231,7 +231,9 @@ def plan(like: Tensor, images: int, height: int, width: int, outputs: int, chann
         tiles = images * triton.cdiv(height, shape[0]) * triton.cdiv(width, shape[1]) * triton.cdiv(outputs, block_n)
         if tiles >= ENOUGH:
             break
-    tile = fit(Config(shape[0] * shape[1], block_n, block_k, 4, 3, 1), block_k, like.element_size(), like.device)
+    # A third stage would spill registers where a tile has few pixels.
+    stages = 3 if shape[0] * shape[1] >= 64 else 2
+    tile = fit(Config(shape[0] * shape[1], block_n, block_k, 4, stages, 1), block_k, like.element_size(), like.device)
     options = {
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "BLOCK_H": shape[0],
