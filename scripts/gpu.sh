@@ -64,11 +64,13 @@ print(";".join(f"{major}.{minor}" for major, minor in sorted(found)))'
   logged 60 info "$python" -m fused_inpaint info
 }
 
-# What has a GPU's backend in its name, or is a GPU's own. Emulation and packaging are tested where there is no GPU.
+# What has a GPU's backend in its name, or is a GPU's own. Emulation, Triton's interpreter, its compilation for other GPUs
+# and packaging are tested where there is no GPU. What other libraries warn of is printed and ends no test.
 run_tests() {
-  local options=(-q -p no:cacheprovider --durations=15 -k "cuda or triton or gpu or nccl")
+  local options=(-q -p no:cacheprovider --durations=15 -W default -k "cuda or triton or gpu or nccl")
   options+=(--ignore=tests/test_cuda_emulation.py --ignore=tests/test_cuda_kernels.py --ignore=tests/test_packaging.py)
-  if "$python" -c 'import xdist' 2>/dev/null; then options+=(-n 8); fi
+  options+=(--ignore-glob='tests/test_*_triton.py' --ignore=tests/test_gpu_script.py)
+  if "$python" -c 'import xdist' 2>/dev/null; then options+=(-n 8 --dist worksteal); fi
   if [[ -n $out ]]; then options+=(--junitxml="$out/test.xml"); fi
   logged 560 test "$python" -m pytest "${options[@]}" tests
 }
@@ -76,18 +78,20 @@ run_tests() {
 # memcheck sees a tensor's bounds only where each tensor is an allocation of its own. racecheck looks at the project's
 # CUDA kernels alone: the vendor's and Triton's synchronise in ways that it does not know. initcheck must see what every
 # kernel writes, and does not see bulk tensor stores: there convolutions are torch's own, in float32, which have none.
+# The tools run side by side.
 sanitize() {
-  local status=0 check=(compute-sanitizer --error-exitcode 86 --print-limit 20)
+  local status=0 job jobs=() check=(compute-sanitizer --error-exitcode 86 --print-limit 20)
   local suite='import sys, pytest, torch
 torch.backends.cudnn.enabled = sys.argv[1] == "vendor"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", sys.argv[2]]))'
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  logged 180 memcheck "${check[@]}" --tool memcheck \
-    "$python" -c "$suite" vendor "test_small_shapes and (cuda or triton and float32)" || status=$?
-  logged 180 racecheck "${check[@]}" --tool racecheck --kernel-name kns=fused_inpaint \
-    "$python" -c "$suite" vendor "test_small_shapes and cuda and float32" || status=$?
-  logged 180 initcheck "${check[@]}" --tool initcheck \
-    "$python" -c "$suite" torch "test_small_shapes and float32 and not auto" || status=$?
+  logged 400 memcheck "${check[@]}" --tool memcheck \
+    "$python" -c "$suite" vendor "test_small_shapes and (cuda or triton and float32)" & jobs+=($!)
+  logged 400 racecheck "${check[@]}" --tool racecheck --kernel-name kns=fused_inpaint \
+    "$python" -c "$suite" vendor "test_small_shapes and cuda and float32" & jobs+=($!)
+  logged 400 initcheck "${check[@]}" --tool initcheck \
+    "$python" -c "$suite" torch "test_small_shapes and float32 and not auto" & jobs+=($!)
+  for job in "${jobs[@]}"; do wait "$job" || status=$?; done
   return "$status"
 }
 
