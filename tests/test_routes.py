@@ -7,8 +7,8 @@ import torch
 from fused_inpaint import NoBackendError, _backends, use_backend
 from fused_inpaint.ops.partial_conv import routes
 
-FAT = routes.Call("cuda", torch.bfloat16, 1, 256, 256, [3, 3], [1, 1], [1, 1], 1, 65536, False, False)
-THIN = FAT._replace(channels=3, outputs=64, kernel=[7, 7], stride=[2, 2])
+FAT = routes.Call("cuda", torch.bfloat16, 1, 256, 256, [3, 3], [1, 1], [1, 1], 1, 65536, False, False, False)
+THIN = FAT._replace(channels=3, outputs=64, kernel=[7, 7])
 DEEP = FAT._replace(channels=512, outputs=512, rows=64)
 
 
@@ -24,7 +24,9 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (FAT, "vendor"),
         (THIN, "triton"),
+        (THIN._replace(stride=[2, 2]), "vendor"),
         (FAT._replace(outputs=3), "triton"),
+        (FAT._replace(outputs=3, upsampled=True), "vendor"),
         (THIN._replace(dtype=torch.float32), "direct"),
         (THIN._replace(dtype=torch.float32, rows=16 * 65536), "vendor"),
         (THIN._replace(dtype=torch.float64), "vendor"),

@@ -37,6 +37,8 @@ inline std::vector<int64_t> sizes(const Tensor& t) {
   return out;
 }
 
+inline bool is_half(ScalarType dtype) { return dtype == ScalarType::Half || dtype == ScalarType::BFloat16; }
+
 // Gradients of parameters are summed in these.
 inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 

@@ -27,7 +27,8 @@ namespace FUSED_INPAINT_DEVICE {
 
 // (O, C, k, k) -> (4 O, channels, taps, taps), phase-major, of the channels from `first` on.
 Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels);
-// Its adjoint, into channels [first, first + C) of the channels_last gradient of the whole weight.
+// Its adjoint, into channels [first, first + C) of the channels_last gradient of the whole weight. On a GPU the phases
+// may have more outputs than the weight; the gradients of those are left out.
 void unfold_gradient(const Tensor& grad_folded, int64_t first, Tensor& grad_weight);
 
 }  // namespace FUSED_INPAINT_DEVICE

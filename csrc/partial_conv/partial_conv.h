@@ -66,6 +66,22 @@ inline int64_t window_output(int64_t size, int64_t kernel, int64_t stride, int64
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+// A source of at most 4 channels as 2 x 2 blocks of its pixels: a quarter of the pixels, with the block's 4 C values as
+// channels, each pixel filled up with zeros to 2 or 4. What is a convolution of too few channels for a GPU's matrix
+// units becomes an unpadded one of stride 1 and (k + 1) / 2 taps a side. Either the convolution itself has stride 2, or
+// it has stride 1 and gives the four phases of Fold, beside an upsampled source.
+struct Blocks {
+  int64_t channels, kernel[2], taps[2], offset[2], side[2];  // side of the map of blocks
+  bool phases;
+  int64_t width() const { return channels > 2 ? 16 : 8; }
+  // What a tap u of the kernel is further on than the block's row 2 U + r: u = 2 U + r - delay, for phase a.
+  FUSED_INPAINT_INLINE int64_t delay(int64_t a) const {
+    if (!phases) return 0;
+    const int64_t pad = kernel[0] / 2;
+    return offset[0] - pad - a * (2 * (pad % 2) - 1);
+  }
+};
+
 // Of masks that belong together: the batch, 1 if all of them are shared, 0 if one is empty.
 inline int64_t batch_of(const std::vector<Tensor>& masks) {
   int64_t batch = 1;
@@ -101,6 +117,15 @@ void split_gradient(const Tensor& grad, const Ints& upsample, std::vector<Tensor
 Tensor slice_weight(const Tensor& weight, int64_t first, int64_t channels);
 void place_gradient(const Tensor& grad_slice, int64_t first, Tensor& grad_weight);
 void accumulate(Tensor& sum, const Tensor& term);
+
+// partial_blocks, on a GPU alone. mask: null where the holes hold 0 already. outputs: of each phase, with those that
+// are there to fill up.
+Tensor block_source(const Tensor& x, const Tensor* mask, const Blocks& blocks);
+Tensor block_weight(const Tensor& weight, int64_t first, int64_t outputs, const Blocks& blocks);
+Tensor unblock_gradient(const Tensor& grad, const Tensor& x, const Blocks& blocks);
+void unblock_weight_gradient(const Tensor& grad, int64_t first, const Blocks& blocks, Tensor& grad_weight);
+// (O, C, k, k) -> fold_weight with `outputs` of them in each phase, the last ones zero.
+Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels, int64_t outputs);
 
 }  // namespace FUSED_INPAINT_DEVICE
 

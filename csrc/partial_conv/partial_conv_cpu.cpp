@@ -7,6 +7,7 @@ namespace fused_inpaint::cpu {
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
+constexpr bool kMatrixUnits = false;
 }  // namespace fused_inpaint::cpu
 
 #include "partial_conv/partial_conv_host.h"

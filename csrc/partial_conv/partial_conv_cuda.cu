@@ -2,6 +2,11 @@
 // Partial convolution on the GPU.
 #define FUSED_INPAINT_DEVICE cuda
 #include "common/launch.cuh"
+
+namespace fused_inpaint::cuda {
+constexpr bool kMatrixUnits = true;
+}  // namespace fused_inpaint::cuda
+
 #include "partial_conv/partial_conv_host.h"
 
 namespace fused_inpaint::cuda {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial convolution on either device: zeroed sources, the vendor's convolution, one pass over the output. Included
-// once for each device, after FUSED_INPAINT_DEVICE names the namespace of its passes.
+// once for each device, after FUSED_INPAINT_DEVICE names the namespace of its passes, and kMatrixUnits there says
+// whether the vendor's convolution wants channels by eights.
 #pragma once
 
 #include <array>
@@ -62,7 +63,18 @@ struct Operands {
   std::vector<Tensor> x, weight;
   std::vector<bool> folded;
   std::vector<ConvGeometry> geometry;
+  std::vector<std::optional<Blocks>> blocks;
+  void add(const Tensor& source, const Tensor& filters, bool low, const ConvGeometry& how,
+           const std::optional<Blocks>& in_blocks = std::nullopt) {
+    x.push_back(source), weight.push_back(filters), folded.push_back(low), geometry.push_back(how);
+    blocks.push_back(in_blocks);
+  }
 };
+
+// Outputs of each phase. A GPU's matrix units want a multiple of 8 in all.
+int64_t phase_outputs(int64_t outputs, ScalarType dtype) {
+  return kMatrixUnits && is_half(dtype) ? outputs + outputs % 2 : outputs;
+}
 
 // Whether there is an upsampled source and the maps are large enough to fold it; decided here, not in Python, so that a
 // graph compiled for dynamic shapes does not depend on it.
@@ -81,18 +93,46 @@ Tensor zero_filled(const Tensor& x, const Tensor& mask, int64_t zeroed) {
   return zeroed ? channels_last(x) : select_valid(x, mask);
 }
 
+// How a source is taken in blocks, if that is what the matrix units want. `phases`: it stands beside an upsampled one.
+std::optional<Blocks> blocks_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool phases) {
+  const int64_t stride = phases ? 1 : 2;
+  if (!kMatrixUnits || x.size(1) > 4 || !is_half(x.scalar_type()) || g.groups != 1) return std::nullopt;
+  Blocks b{};
+  b.channels = x.size(1);
+  b.phases = phases;
+  for (int d = 0; d < 2; ++d) {
+    const int64_t k = weight.size(2 + d), size = x.size(2 + d);
+    if (g.stride[d] != stride || g.dilation[d] != 1) return std::nullopt;
+    b.kernel[d] = k;
+    b.taps[d] = (k + 1) / 2;
+    b.offset[d] = phases ? 2 * Fold(k).padding : g.padding[d];
+    const int64_t out = phases ? size / 2 + Fold(k).shift : window_output(size, k, stride, g.padding[d], 1);
+    b.side[d] = out + b.taps[d] - 1;
+  }
+  return b;
+}
+
 Operands prepare(const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Tensor& weight,
                  const Ints& upsample, const ConvGeometry& geometry, const Ints& zeroed, bool fold,
                  const std::vector<Tensor>& packed) {
   STD_TORCH_CHECK(packed.empty() || packed.size() == (fold ? sources.size() : 1),
                   "partial_conv2d: packed must hold one weight, or one for each source if folded");
   Operands o;
+  const bool alone = sources.size() == 1 && upsample[0] == 1;
+  const int64_t outputs = phase_outputs(weight.size(0), weight.scalar_type());
+  const ConvGeometry unpadded{{1, 1}, {0, 0}, {1, 1}, 1};
+  auto add_blocks = [&](size_t i, const Blocks& b, int64_t first, int64_t n) {
+    if constexpr (kMatrixUnits)
+      o.add(block_source(sources[i], zeroed[i] ? nullptr : &masks[i], b), block_weight(weight, first, n, b), b.phases,
+            unpadded, b);
+  };
   if (!fold) {
-    o.x.push_back(sources.size() == 1 && upsample[0] == 1 ? zero_filled(sources[0], masks[0], zeroed[0])
-                                                          : concat_sources(sources, masks, upsample));
-    o.weight.push_back(packed.empty() ? weight : packed[0]);
-    o.folded.push_back(false);
-    o.geometry.push_back(geometry);
+    const auto blocks = alone ? blocks_of(sources[0], weight, geometry, false) : std::nullopt;
+    if (blocks)
+      add_blocks(0, *blocks, 0, weight.size(0));
+    else
+      o.add(alone ? zero_filled(sources[0], masks[0], zeroed[0]) : concat_sources(sources, masks, upsample),
+            packed.empty() ? weight : packed[0], false, geometry);
     return o;
   }
   const Fold f(weight.size(2));
@@ -100,12 +140,19 @@ Operands prepare(const std::vector<Tensor>& sources, const std::vector<Tensor>& 
   for (size_t i = 0; i < sources.size(); ++i) {
     const int64_t channels = sources[i].size(1);
     const bool low = upsample[i] == 2;
-    o.x.push_back(zero_filled(sources[i], masks[i], zeroed[i]));
-    o.weight.push_back(!packed.empty() ? packed[i]
-                       : low           ? fold_weight(weight, first, channels)
-                                       : slice_weight(weight, first, channels));
-    o.folded.push_back(low);
-    o.geometry.push_back(low ? ConvGeometry{{1, 1}, {f.padding, f.padding}, {1, 1}, 1} : geometry);
+    const auto blocks = low ? std::nullopt : blocks_of(sources[i], weight, geometry, true);
+    if (blocks) {
+      add_blocks(i, *blocks, first, outputs);
+    } else {
+      auto filters = [&] {
+        if (!packed.empty()) return packed[i];
+        if (!low) return slice_weight(weight, first, channels);
+        if constexpr (kMatrixUnits) return fold_weight(weight, first, channels, outputs);
+        return fold_weight(weight, first, channels);
+      };
+      o.add(zero_filled(sources[i], masks[i], zeroed[i]), filters(), low,
+            low ? ConvGeometry{{1, 1}, {f.padding, f.padding}, {1, 1}, 1} : geometry);
+    }
     first += channels;
   }
   return o;
@@ -140,7 +187,7 @@ void check_numerator(const Numerator& numerator, const std::vector<int64_t>& siz
   if (numerator.sum) check_map("the convolution", *numerator.sum, size, dtype);
   if (numerator.phases)
     check_map("the folded convolution", *numerator.phases,
-              {size[0], 4 * size[1], size[2] / 2 + shift, size[3] / 2 + shift}, dtype);
+              {size[0], 4 * phase_outputs(size[1], dtype), size[2] / 2 + shift, size[3] / 2 + shift}, dtype);
 }
 
 Numerator convolve(const Operands& o, bool packed) {
@@ -214,6 +261,14 @@ Gradients convolve_backward(const Tensor& grad_sum, const std::optional<Tensor>&
   for (size_t i = 0; i < o.x.size(); ++i) {
     const Tensor& grad = o.folded[i] ? *grad_phases : grad_sum;
     auto [grad_x, grad_w] = aten_convolution_backward(grad, o.x[i], o.weight[i], o.geometry[i], need_x, need_weight);
+    if (o.blocks[i]) {
+      if constexpr (kMatrixUnits) {
+        if (need_weight) unblock_weight_gradient(*grad_w, first, *o.blocks[i], g.weight);
+        if (need_x) g.sources.push_back(unblock_gradient(*grad_x, sources[i], *o.blocks[i]));
+      }
+      first += o.blocks[i]->channels;
+      continue;
+    }
     if (need_weight) {
       if (o.folded[i])
         unfold_gradient(*grad_w, first, g.weight);
@@ -245,7 +300,8 @@ std::optional<Tensor> empty_phases(const Operands& o, const Tensor& source, cons
                                    int64_t shift) {
   for (bool folded : o.folded)
     if (folded)
-      return empty_channels_last({source.size(0), 4 * outputs, count.size(2) / 2 + shift, count.size(3) / 2 + shift},
+      return empty_channels_last({source.size(0), 4 * phase_outputs(outputs, source.scalar_type()),
+                                  count.size(2) / 2 + shift, count.size(3) / 2 + shift},
                                  source.scalar_type(), source);
   return std::nullopt;
 }

@@ -44,13 +44,13 @@ struct Map {
   }
 };
 
-// Phases, in 32 bits.
+// Phases, in 32 bits; they may have more channels than the output.
 struct PhaseMap {
   unsigned h, w, c, shift, out_h, out_w;
   PhaseMap(const Output& out, const Tensor* phases, int64_t shift_)
       : h(index32(out.h / 2 + shift_)),
         w(index32(out.w / 2 + shift_)),
-        c(index32(out.c)),
+        c(index32(phases ? phases->size(1) / 4 : out.c)),
         shift(index32(shift_)),
         out_h(index32(out.h)),
         out_w(index32(out.w)) {
@@ -63,6 +63,38 @@ struct PhaseMap {
   }
 };
 
+// A thread does N pixels at a time for its channels, so that their loads are under way together and the parameters,
+// more bytes than a pixel's values, are read once for all of them.
+constexpr int kForward = 4, kBackward = 2;
+
+// Each thread has N pixels, and more where there are enough to fill any GPU.
+template <int N>
+dim3 pass_blocks(int64_t pixels, dim3 threads) {
+  return dim3(static_cast<unsigned>(std::clamp<int64_t>(ceil_div(pixels, int64_t{threads.y} * N), 1, 2112)));
+}
+
+// N pixels and their ratios; beyond the last pixel the ratio is 0.
+template <int N, typename A>
+struct Some {
+  unsigned pixel[N];
+  A ratio[N];
+};
+
+// Calls body(Some).
+template <int N, typename A, typename F>
+__device__ void each_some(const Map<A>& out, F&& body) {
+  for (unsigned first = blockIdx.x * blockDim.y * N + threadIdx.y; first < out.pixels;
+       first += gridDim.x * blockDim.y * N) {
+    Some<N, A> at;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      at.pixel[j] = first + j * blockDim.y;
+      at.ratio[j] = at.pixel[j] < out.pixels ? out.ratio(at.pixel[j]) : A(0);
+    }
+    body(at);
+  }
+}
+
 template <typename T, int V, Activation kind>
 __global__ void epilogue_kernel(T* y, const T* phases, bool from_y, PhaseMap at, Map<acc_t<T>> out,
                                 const acc_t<T>* scale, const acc_t<T>* bias) {
@@ -70,28 +102,34 @@ __global__ void epilogue_kernel(T* y, const T* phases, bool from_y, PhaseMap at,
   for (unsigned c = threadIdx.x * V; c < out.c; c += blockDim.x * V) {
     Pack<A, V> gain, offset;
     for (int k = 0; k < V; ++k) gain.v[k] = scale[c + k], offset.v[k] = bias[c + k];
-    for (unsigned pixel = first_pixel(); pixel < out.pixels; pixel += all_pixels()) {
-      const A ratio = out.ratio(pixel);
-      Pack<T, V> result{};
-      if (ratio != 0) {
-        Pack<T, V> sum{}, extra{};
-        if (from_y) sum = load_pack<V>(y + pixel * out.c + c);
-        if (phases) extra = load_pack<V>(phases + at(pixel) + c);
-        for (int k = 0; k < V; ++k) {
-          A v = from_y ? A(load(sum.v[k])) : A(0);
-          if (phases) v += load(extra.v[k]);
-          store(&result.v[k], activate<kind>(v * ratio * gain.v[k] + offset.v[k], out.slope));
+    each_some<kForward>(out, [&](const Some<kForward, A>& some) {
+      Pack<T, V> sum[kForward] = {}, extra[kForward] = {};
+#pragma unroll
+      for (int j = 0; j < kForward; ++j)
+        if (some.ratio[j] != 0) {
+          if (from_y) sum[j] = load_pack<V>(y + some.pixel[j] * out.c + c);
+          if (phases) extra[j] = load_pack<V>(phases + at(some.pixel[j]) + c);
         }
+#pragma unroll
+      for (int j = 0; j < kForward; ++j) {
+        Pack<T, V> result{};
+        if (some.ratio[j] != 0)
+          for (int k = 0; k < V; ++k) {
+            A v = from_y ? A(load(sum[j].v[k])) : A(0);
+            if (phases) v += load(extra[j].v[k]);
+            store(&result.v[k], activate<kind>(v * some.ratio[j] * gain.v[k] + offset.v[k], out.slope));
+          }
+        if (some.pixel[j] < out.pixels) store_pack<V>(y + some.pixel[j] * out.c + c, result);
       }
-      store_pack<V>(y + pixel * out.c + c, result);
-    }
+    });
   }
 }
 
 // One block sums one chunk of pixels for a tile of channels: thread (x, y) takes pack x of every pixel y of kRows.
 template <int V>
 struct SumTile {
-  static constexpr int kPacks = V == 1 ? 32 : 8, kRows = kThreads / kPacks, kChannels = kPacks * V;
+  // Channels that do not divide are most often the three of an image.
+  static constexpr int kPacks = V == 1 ? 4 : 8, kRows = kThreads / kPacks, kChannels = kPacks * V;
 };
 
 struct Chunks {
@@ -282,18 +320,22 @@ __global__ void batch_norm_kernel(const T* conv, Map<acc_t<T>> out, const acc_t<
       gain.v[k] = weight[c + k] / std::sqrt(var[c + k] + eps);
       offset.v[k] = bias[c + k];
     }
-    for (unsigned pixel = first_pixel(); pixel < out.pixels; pixel += all_pixels()) {
-      const A ratio = out.ratio(pixel);
-      Pack<T, V> result{};
-      if (ratio != 0) {
-        const Pack<T, V> v = load_pack<V>(conv + pixel * out.c + c);
-        for (int k = 0; k < V; ++k) {
-          const A a = (load(v.v[k]) * ratio - centre.v[k]) * gain.v[k] + offset.v[k];
-          store(&result.v[k], activate<kind>(a, out.slope));
-        }
+    each_some<kForward>(out, [&](const Some<kForward, A>& some) {
+      Pack<T, V> v[kForward] = {};
+#pragma unroll
+      for (int j = 0; j < kForward; ++j)
+        if (some.ratio[j] != 0) v[j] = load_pack<V>(conv + some.pixel[j] * out.c + c);
+#pragma unroll
+      for (int j = 0; j < kForward; ++j) {
+        Pack<T, V> result{};
+        if (some.ratio[j] != 0)
+          for (int k = 0; k < V; ++k) {
+            const A a = (load(v[j].v[k]) * some.ratio[j] - centre.v[k]) * gain.v[k] + offset.v[k];
+            store(&result.v[k], activate<kind>(a, out.slope));
+          }
+        if (some.pixel[j] < out.pixels) store_pack<V>(y + some.pixel[j] * out.c + c, result);
       }
-      store_pack<V>(y + pixel * out.c + c, result);
-    }
+    });
   }
 }
 
@@ -357,21 +399,30 @@ __global__ void norm_gradient_kernel(const T* grad, const T* conv, Map<acc_t<T>>
       mean_grad.v[k] = static_cast<A>(sums[c + k] / out.pixels);
       mean_dot.v[k] = static_cast<A>(sums[out.c + c + k] / out.pixels);
     }
-    for (unsigned pixel = first_pixel(); pixel < out.pixels; pixel += all_pixels()) {
-      const A ratio = out.ratio(pixel);
-      Pack<T, V> result{};
-      if (ratio != 0) {
-        const Pack<T, V> v = load_pack<V>(conv + pixel * out.c + c), d = load_pack<V>(grad + pixel * out.c + c);
-        for (int k = 0; k < V; ++k) {
-          const A x_hat = norm.x_hat(load(v.v[k]) * ratio, k);
-          const A g = norm.template before<kind>(load(d.v[k]), x_hat, k, out.slope);
-          store(&result.v[k],
-                (g - mean_grad.v[k] - x_hat * mean_dot.v[k]) * norm.inverse.v[k] * norm.weight.v[k] * ratio);
+    each_some<kBackward>(out, [&](const Some<kBackward, A>& some) {
+      Pack<T, V> v[kBackward] = {}, d[kBackward] = {};
+#pragma unroll
+      for (int j = 0; j < kBackward; ++j)
+        if (some.ratio[j] != 0) {
+          v[j] = load_pack<V>(conv + some.pixel[j] * out.c + c);
+          d[j] = load_pack<V>(grad + some.pixel[j] * out.c + c);
         }
+#pragma unroll
+      for (int j = 0; j < kBackward; ++j) {
+        const A ratio = some.ratio[j];
+        Pack<T, V> result{};
+        if (ratio != 0)
+          for (int k = 0; k < V; ++k) {
+            const A x_hat = norm.x_hat(load(v[j].v[k]) * ratio, k);
+            const A g = norm.template before<kind>(load(d[j].v[k]), x_hat, k, out.slope);
+            store(&result.v[k],
+                  (g - mean_grad.v[k] - x_hat * mean_dot.v[k]) * norm.inverse.v[k] * norm.weight.v[k] * ratio);
+          }
+        if (some.pixel[j] >= out.pixels) continue;
+        store_pack<V>(grad_conv + some.pixel[j] * out.c + c, result);
+        if (grad_phases) store_pack<V>(grad_phases + at(some.pixel[j]) + c, result);
       }
-      store_pack<V>(grad_conv + pixel * out.c + c, result);
-      if (grad_phases) store_pack<V>(grad_phases + at(pixel) + c, result);
-    }
+    });
   }
 }
 
@@ -397,9 +448,10 @@ Tensor merged(const Tensor& partial) {
   return sums;
 }
 
-// Where the phases are shifted, a border row and column of each belongs to no output pixel.
-void clear_border(Tensor* phases, int64_t shift) {
-  if (phases && shift) torch::stable::zero_(*phases);
+// Where the phases are shifted, a border row and column of each belongs to no output pixel; channels that fill up to
+// none either.
+void clear_border(Tensor* phases, int64_t shift, const Output& out) {
+  if (phases && (shift || phases->size(1) > 4 * out.c)) torch::stable::zero_(*phases);
 }
 
 }  // namespace
@@ -411,7 +463,7 @@ void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, 
       with_pack<T>(out.c, {&y, phases}, [&]<int V>() {
         using A = acc_t<T>;
         const dim3 threads = pixel_threads(out.c / V);
-        FUSED_INPAINT_LAUNCH((epilogue_kernel<T, V, kind>), pixel_blocks(out.pixels(), threads), threads, 0,
+        FUSED_INPAINT_LAUNCH((epilogue_kernel<T, V, kind>), pass_blocks<kForward>(out.pixels(), threads), threads, 0,
                              current_stream(y), mutable_data<T>(y), phases ? data<T>(*phases) : nullptr, y_holds_sum,
                              PhaseMap(out, phases, shift), Map<A>(out), parameters<A>(scale), parameters<A>(bias));
       });
@@ -422,7 +474,7 @@ void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, 
 void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, const Tensor& scale, Tensor& grad_conv,
                        Tensor* grad_phases, int64_t shift, Tensor* grad_bias) {
   const Chunks chunks(out);
-  clear_border(grad_phases, shift);
+  clear_border(grad_phases, shift, out);
   Tensor partial = empty({chunks.n, out.c}, scale.scalar_type(), grad);
   dispatch_cuda(grad.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
@@ -463,7 +515,7 @@ void batch_norm(const Tensor& conv, const Output& out, const Tensor& mean, const
       with_pack<T>(out.c, {&conv, &y}, [&]<int V>() {
         using A = acc_t<T>;
         const dim3 threads = pixel_threads(out.c / V);
-        FUSED_INPAINT_LAUNCH((batch_norm_kernel<T, V, kind>), pixel_blocks(out.pixels(), threads), threads, 0,
+        FUSED_INPAINT_LAUNCH((batch_norm_kernel<T, V, kind>), pass_blocks<kForward>(out.pixels(), threads), threads, 0,
                              current_stream(y), data<T>(conv), Map<A>(out), parameters<A>(mean), parameters<A>(var),
                              parameters<A>(weight), parameters<A>(bias), static_cast<A>(eps), mutable_data<T>(y));
       });
@@ -475,7 +527,7 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
                          const Tensor& var, const Tensor& weight, const Tensor& bias, double eps, Tensor& grad_conv,
                          Tensor* grad_phases, int64_t shift, Tensor& grad_weight, Tensor& grad_bias) {
   const Chunks chunks(out);
-  clear_border(grad_phases, shift);
+  clear_border(grad_phases, shift, out);
   Tensor partial = empty({chunks.n, 2 * out.c}, mean.scalar_type(), grad);
   std::optional<Tensor> sums;
   dispatch_cuda(conv.scalar_type(), [&]<typename T>() {
@@ -488,8 +540,8 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
                              static_cast<A>(eps), mutable_data<A>(partial));
         sums = merged<A>(partial);
         const dim3 threads = pixel_threads(out.c / V);
-        FUSED_INPAINT_LAUNCH((norm_gradient_kernel<T, V, kind>), pixel_blocks(out.pixels(), threads), threads, 0,
-                             current_stream(grad), data<T>(grad), data<T>(conv), Map<A>(out), parameters<A>(mean),
+        FUSED_INPAINT_LAUNCH((norm_gradient_kernel<T, V, kind>), pass_blocks<kBackward>(out.pixels(), threads), threads,
+                             0, current_stream(grad), data<T>(grad), data<T>(conv), Map<A>(out), parameters<A>(mean),
                              parameters<A>(var), parameters<A>(weight), parameters<A>(bias), static_cast<A>(eps),
                              data<double>(*sums), mutable_data<T>(grad_conv),
                              grad_phases ? mutable_data<T>(*grad_phases) : nullptr, PhaseMap(out, grad_phases, shift));

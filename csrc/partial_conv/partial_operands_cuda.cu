@@ -85,32 +85,51 @@ __device__ int first_tap(const Fold& fold, int a, int s) {
   return static_cast<int>(2 * (s - fold.padding + a * fold.shift) - a + fold.kernel / 2);
 }
 
-template <typename T>
-__global__ void fold_kernel(const T* weight, T* folded, Fold fold, unsigned outputs, unsigned total, unsigned first,
-                            unsigned channels) {
-  const unsigned k = fold.kernel, taps = fold.taps, n = 4 * outputs * taps * taps * channels;
+// `padded` outputs in each phase, of which the weight has the first.
+template <typename T, int V>
+__global__ void fold_kernel(const T* weight, T* folded, Fold fold, unsigned outputs, unsigned padded, unsigned total,
+                            unsigned first, unsigned channels) {
+  const unsigned taps = fold.taps, packs = channels / V, n = 4 * padded * taps * taps * packs;
+  const int k = fold.kernel;
   for (unsigned i = global_thread(); i < n; i += all_threads()) {
-    const unsigned c = i % channels, row = i / channels, t = row % taps, s = row / taps % taps;
-    const unsigned o = row / (taps * taps) % outputs, phase = row / (taps * taps) / outputs;
+    const unsigned c = i % packs * V, row = i / packs, t = row % taps, s = row / taps % taps;
+    const unsigned o = row / (taps * taps) % padded, phase = row / (taps * taps) / padded;
     const int u0 = first_tap(fold, phase / 2, s), v0 = first_tap(fold, phase % 2, t);
-    acc_t<T> sum = 0;
-    for (int u = u0; u < u0 + 2; ++u)
-      for (int v = v0; v < v0 + 2; ++v)
-        if (u >= 0 && u < k && v >= 0 && v < k) sum += load(weight[((o * k + u) * k + v) * total + first + c]);
-    store(folded + i, sum);
+    Pack<acc_t<T>, V> sum{};
+    if (o < outputs)
+      for (int u = u0; u < u0 + 2; ++u)
+        for (int v = v0; v < v0 + 2; ++v)
+          if (u >= 0 && u < k && v >= 0 && v < k) {
+            const Pack<T, V> term = load_pack<V>(weight + ((o * k + u) * k + v) * total + first + c);
+            for (int j = 0; j < V; ++j) sum.v[j] += load(term.v[j]);
+          }
+    Pack<T, V> result;
+    for (int j = 0; j < V; ++j) store(&result.v[j], sum.v[j]);
+    store_pack<V>(folded + row * channels + c, result);
+  }
+}
+
+// Channels [first, first + channels) of rows of `total`.
+template <typename T, int V>
+__global__ void slice_kernel(const T* weight, T* out, unsigned rows, unsigned total, unsigned first,
+                             unsigned channels) {
+  const unsigned packs = channels / V;
+  for (unsigned i = global_thread(); i < rows * packs; i += all_threads()) {
+    const unsigned c = i % packs * V, row = i / packs;
+    store_pack<V>(out + row * channels + c, load_pack<V>(weight + row * total + first + c));
   }
 }
 
 template <typename T>
-__global__ void unfold_kernel(const T* grad_folded, T* grad_weight, Fold fold, unsigned outputs, unsigned total,
-                              unsigned first, unsigned channels) {
+__global__ void unfold_kernel(const T* grad_folded, T* grad_weight, Fold fold, unsigned outputs, unsigned padded,
+                              unsigned total, unsigned first, unsigned channels) {
   const unsigned k = fold.kernel, taps = fold.taps, n = outputs * k * k * channels;
   for (unsigned i = global_thread(); i < n; i += all_threads()) {
     const unsigned c = i % channels, row = i / channels, v = row % k, u = row / k % k, o = row / (k * k);
     acc_t<T> sum = 0;
     for (unsigned phase = 0; phase < 4; ++phase) {
       const unsigned tap = fold.tap(phase / 2, u) * taps + fold.tap(phase % 2, v);
-      sum += load(grad_folded[((phase * outputs + o) * taps * taps + tap) * channels + c]);
+      sum += load(grad_folded[((phase * padded + o) * taps * taps + tap) * channels + c]);
     }
     store(grad_weight + row * total + first + c, sum);
   }
@@ -200,22 +219,39 @@ void split_gradient(const Tensor& grad, const Ints& upsample, std::vector<Tensor
 
 Tensor slice_weight(const Tensor& weight, int64_t first, int64_t channels) {
   if (channels == weight.size(1)) return channels_last(weight);
-  Tensor view = weight;
-  return clone_channels_last(torch::stable::narrow(view, 1, first, channels));
+  const Tensor whole = channels_last(weight);
+  Tensor out =
+      empty_channels_last({weight.size(0), channels, weight.size(2), weight.size(3)}, weight.scalar_type(), weight);
+  const int64_t total = weight.size(1), rows = weight.size(0) * weight.size(2) * weight.size(3);
+  index32(weight.numel());
+  dispatch_cuda(weight.scalar_type(), [&]<typename T>() {
+    with_pack<T>(channels | first | total, {&whole, &out}, [&]<int V>() {
+      FUSED_INPAINT_LAUNCH((slice_kernel<T, V>), blocks_for(rows * channels / V), dim3(kThreads), 0,
+                           current_stream(weight), data<T>(whole), mutable_data<T>(out), index32(rows), index32(total),
+                           index32(first), index32(channels));
+    });
+  });
+  return out;
 }
 
-Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels) {
+Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels, int64_t outputs) {
   const Fold fold(weight.size(2));
-  const int64_t outputs = weight.size(0);
+  const int64_t total = weight.size(1);
   Tensor out = empty_channels_last({4 * outputs, channels, fold.taps, fold.taps}, weight.scalar_type(), weight);
   const Tensor rows = channels_last(weight);
   index32(out.numel()), index32(weight.numel());
   dispatch_cuda(weight.scalar_type(), [&]<typename T>() {
-    FUSED_INPAINT_LAUNCH(fold_kernel<T>, blocks_for(out.numel()), dim3(kThreads), 0, current_stream(weight),
-                         data<T>(rows), mutable_data<T>(out), fold, index32(outputs), index32(weight.size(1)),
-                         index32(first), index32(channels));
+    with_pack<T>(channels | first | total, {&rows, &out}, [&]<int V>() {
+      FUSED_INPAINT_LAUNCH((fold_kernel<T, V>), blocks_for(out.numel() / V), dim3(kThreads), 0, current_stream(weight),
+                           data<T>(rows), mutable_data<T>(out), fold, index32(weight.size(0)), index32(outputs),
+                           index32(total), index32(first), index32(channels));
+    });
   });
   return out;
+}
+
+Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels) {
+  return fold_weight(weight, first, channels, weight.size(0));
 }
 
 void unfold_gradient(const Tensor& grad_folded, int64_t first, Tensor& grad_weight) {
@@ -225,7 +261,8 @@ void unfold_gradient(const Tensor& grad_folded, int64_t first, Tensor& grad_weig
   dispatch_cuda(grad_weight.scalar_type(), [&]<typename T>() {
     FUSED_INPAINT_LAUNCH(unfold_kernel<T>, blocks_for(outputs * fold.kernel * fold.kernel * channels), dim3(kThreads),
                          0, current_stream(grad_weight), data<T>(grad_folded), mutable_data<T>(grad_weight), fold,
-                         index32(outputs), index32(grad_weight.size(1)), index32(first), index32(channels));
+                         index32(outputs), index32(grad_folded.size(0) / 4), index32(grad_weight.size(1)),
+                         index32(first), index32(channels));
   });
 }
 

@@ -87,6 +87,7 @@ def _describe(
         dilation,
         geometry.groups,
         sources[0].size(0) * size[0] * size[1],
+        2 in geometry.upsample,
         epilogue.norm is not None and epilogue.norm.training,
         bool(fold) and 2 in geometry.upsample,
     )

@@ -23,7 +23,8 @@ _BACKEND = {"direct": "cuda", "triton": "triton"}
 _GPU = _table("gpu_routes.json")
 _FOLD_FROM: dict[str, int] = {**_table("routes.json")["fold_from_pixels"], "gpu": _GPU["fold_from_pixels"]}
 _LAYERS = [
-    (rule["kernel"], [getattr(torch, name) for name in rule["dtypes"]], rule["at_most"]) for rule in _GPU["layers"]
+    (rule["kernel"], [getattr(torch, name) for name in rule["dtypes"]], rule["at_most"], rule.get("where", {}))
+    for rule in _GPU["layers"]
 ]
 
 
@@ -40,6 +41,7 @@ class Call(NamedTuple):
     dilation: list[int]
     groups: int
     rows: int  # output pixels, batch included
+    upsampled: bool  # one of the sources
     batch_statistics: bool
     folded: bool  # asked for by name
 
@@ -89,8 +91,9 @@ def _wanted(call: Call) -> list[str]:
     sizes = set() if torch.compiler.is_compiling() else {"rows", "products"}
     return [
         kernel
-        for kernel, dtypes, bounds in _LAYERS
+        for kernel, dtypes, bounds, where in _LAYERS
         if call.dtype in dtypes
+        and all(getattr(call, name) == value for name, value in where.items())
         and all(name in ("channels", "outputs") or name in sizes for name in bounds)
         and all(getattr(call, name) <= bound for name, bound in bounds.items())
         and not refusal(kernel, call)
