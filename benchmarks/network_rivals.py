@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import workload
 from harness import DEVICE, LAYOUTS, SMOKE, Outputs, Rival
+from rivals import on_device
 from torch import Tensor, nn
 
 from fused_inpaint import AOTBlock, RegionConv2d, SelfAttention2d, SPDBlock
@@ -164,9 +165,9 @@ def built(key: str, form: str, layout: str = "channels_last", **size: int) -> nn
     return ours if form == "ours" else eager(key, form, ours, layout)
 
 
-def network_input(key: str, side: int, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
-    """(picture, mask) in the network's own polarity; the picture is 0 in holes."""
-    x, mask = workload.network_input(side)
+def network_input(key: str, side: int, dtype: torch.dtype, layout: str, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """(pictures, masks) in the network's own polarity; the pictures are 0 in holes."""
+    x, mask = workload.network_input(side, batch)
     holes_are_one = key in ("deepgin", "aot_gan")
     x = x.to(DEVICE, dtype).contiguous(memory_format=LAYOUTS[layout])
     return x, (1 - mask if holes_are_one else mask).to(DEVICE, dtype)
@@ -179,7 +180,7 @@ def predictions(key: str, found: Any) -> list[Tensor]:
 
 
 class NetworkStep:
-    """Forward, L1 distance of every prediction from grey, backward; one picture."""
+    """Forward, L1 distance of every prediction from grey, backward."""
 
     def __init__(
         self,
@@ -188,11 +189,12 @@ class NetworkStep:
         side: int,
         layout: str = "channels_last",
         dtype: torch.dtype = torch.float32,
+        batch: int = 1,
         **size: int,
     ) -> None:
         self.key, self.form = key, form
-        self.net = built(key, form, layout, **size).to(DEVICE, dtype).train()
-        self.given = network_input(key, side, dtype, layout)
+        self.net = on_device(built(key, form, layout, **size), dtype).train()
+        self.given = network_input(key, side, dtype, layout, batch)
 
     def loss(self) -> Tensor:
         return torch.stack([(y - 0.5).abs().mean() for y in predictions(self.key, self.net(*self.given))]).sum()
@@ -219,8 +221,15 @@ class NetworkStep:
         return {"loss": loss.detach(), **found}
 
 
-def training_rival(key: str, form: str, layout: str = "channels_last", dtype: torch.dtype = torch.float32) -> Rival:
-    step = NetworkStep(key, form, SIDE, layout, dtype)
+def training_rival(
+    key: str,
+    form: str,
+    layout: str = "channels_last",
+    dtype: torch.dtype = torch.float32,
+    side: int = SIDE,
+    batch: int = 1,
+) -> Rival:
+    step = NetworkStep(key, form, side, layout, dtype, batch)
     return Rival(step, step.outputs)
 
 
@@ -230,9 +239,11 @@ def inference_rival(
     layout: str = "channels_last",
     dtype: torch.dtype = torch.float32,
     wrap: Callable[[nn.Module], Any] = lambda module: module,
+    side: int = SIDE,
+    batch: int = 1,
 ) -> Rival:
-    run = wrap(built(key, form, layout).to(DEVICE, dtype).eval())
-    given = network_input(key, SIDE, dtype, layout)
+    run = wrap(on_device(built(key, form, layout), dtype).eval())
+    given = network_input(key, side, dtype, layout, batch)
 
     def outputs() -> Outputs:
         return {f"prediction {i}": y for i, y in enumerate(predictions(key, run(*given)))}

@@ -3,14 +3,14 @@
 
 import torch
 from harness import DEVICE, SMOKE
-from region_rivals import DTYPE, filled, fresh
+from region_rivals import BATCH, DTYPE, filled, fresh
 from torch import Tensor, nn
 
 from fused_inpaint import SelfAttention2d, ops
 from fused_inpaint.baselines import CorrelationL1, NonLocalBlock
 
 SIDE = 8 if SMOKE else 64
-ATTENDED = (1, 8 if SMOKE else 64, SIDE, SIDE)
+ATTENDED = (BATCH, 8 if SMOKE else 64, SIDE, SIDE)
 CORRELATED = (1, 8 if SMOKE else 128, SIDE, SIDE)
 
 

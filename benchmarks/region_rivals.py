@@ -15,7 +15,9 @@ from fused_inpaint.baselines import DenseRegionConv2d
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 LIMIT, GRADIENT_LIMIT = (0.03, 0.1) if ON_GPU else (5e-5, 5e-4)
 SIDE = 16 if SMOKE else 128
-NORMED = (2, 8, SIDE, SIDE) if SMOKE else (4, 128, SIDE, SIDE)
+BATCH = 16 if ON_GPU and not SMOKE else 1
+"""Of a layer's maps: one picture does not fill a GPU."""
+NORMED = (2, 8, SIDE, SIDE) if SMOKE else (16 if ON_GPU else 4, 128, SIDE, SIDE)
 EXISTING, MISSING, OUTPUTS = (6, 4, 4) if SMOKE else (192, 128, 128)
 
 
@@ -29,8 +31,9 @@ def filled(module: nn.Module) -> nn.Module:
 
 
 def fresh(*sizes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=g) for size in sizes]
+    """On the device."""
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    return [torch.randn(size, generator=g, device=DEVICE) for size in sizes]
 
 
 def square_mask(side: int) -> Tensor:
@@ -54,9 +57,9 @@ def rival(
 ) -> Rival:
     """`call(module, *maps)`, with a backward if `training`; outputs are the map and the gradients of the maps and the
     parameters."""
-    wide = dtype == torch.float64
-    module = copy.deepcopy(module).to("cpu" if wide else DEVICE, dtype).to(memory_format=LAYOUTS[layout])
-    leaves = [m.to("cpu" if wide else DEVICE, dtype).contiguous(memory_format=LAYOUTS[layout]) for m in maps]
+    module = copy.deepcopy(module).to(DEVICE, dtype).to(memory_format=LAYOUTS[layout])
+    # Copies, since each rival has leaves of its own.
+    leaves = [m.to(DEVICE, dtype, memory_format=LAYOUTS[layout], copy=True) for m in maps]
     leaves = [leaf.requires_grad_(training) for leaf in leaves]
     parameters = list(module.parameters())
     grad = None
@@ -73,11 +76,11 @@ def rival(
 
     def outputs() -> Outputs:
         if not training:
-            return {"output": forward().double().cpu()}
+            return {"output": forward().double()}
         y, *gradients = step()
         names = [*(f"x{i}" for i in range(len(leaves))), *(n.split(".")[-1] for n, _ in module.named_parameters())]
         named = zip(names, gradients, strict=True)
-        return {"output": y.detach().double().cpu()} | {f"gradient of {n}": g.double().cpu() for n, g in named}
+        return {"output": y.detach().double()} | {f"gradient of {n}": g.double() for n, g in named}
 
     return Rival(step if training else forward, outputs, family)
 

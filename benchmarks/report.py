@@ -218,6 +218,35 @@ GPU_BARS = [
         mean_ratio(["unet512 b16"], "training", "full-channel", "ours")),
     Bar("U-Net 512 training step, b16: ours / plain", "<=", 0.80,
         mean_ratio(["unet512 b16"], "training", "ours", "plain")),
+    Bar("U-Net 512 training step, b16, peak memory: ours / full-channel", "<=", 0.5,
+        quotient("unet512 b16 memory", "ours peak", "full-channel peak")),
+    Bar("AOT-GAN 512 inference, b1, graphed: eager / ours", ">=", 1.4,
+        mean_ratio(["aot_gan512 b1"], "inference", "graphed eager", "graphed ours")),
+    Bar("AOT-GAN 512 inference, b16: eager / ours", ">=", 1.25,
+        mean_ratio(["aot_gan512 b16"], "inference", "eager", "ours")),
+    Bar("DeepGIN 256 inference, b1: eager / ours graphed", ">=", 4.0,
+        mean_ratio(["deepgin256 b1"], "inference", "eager", "graphed ours")),
+    Bar("DeepGIN 256 inference, b16: eager / ours", ">=", 1.3,
+        mean_ratio(["deepgin256 b16"], "inference", "eager", "ours")),
+    Bar("region-wise network 256 inference, b16: ours / dense port", "<=", 0.75,
+        mean_ratio(["region_wise256 b16"], "inference", "ours", "eager")),
+    Bar("cGAN of partial convolutions and region norm, 512 b16 forward+backward: NVIDIA + RN-B / ours", ">=", 4.0,
+        mean_ratio(["cgan_pc_rn512 b16"], "training", "eager nvidia", "ours")),
+    *(Bar(f"region norm {what}: ours / batch norm", "<=", 1.2, mean_ratio(["region_norm"], kind, "ours", "batch norm"))
+      for kind, what in (("forward", "forward"), ("training", "forward+backward"))),
+    *(Bar(f"region norm {what}: published RN-B / ours", ">=", bound,
+          mean_ratio(["region_norm"], kind, "published", "ours"))
+      for kind, what, bound in (("forward", "forward", 6.0), ("training", "forward+backward", 5.0))),
+    *(Bar(f"region conv, input form, upsample {up}, {hole} hole: ours / dense", "<=", bound,
+          mean_ratio([f"region_conv input up{up} {hole}"], "forward", "ours", "dense"))
+      for up, bound in ((1, 0.80), (2, 0.50)) for hole in ("square", "brush")),
+    Bar("AOT block forward, b16: ours / eager", "<=", 0.75, mean_ratio(["aot_block"], "forward", "ours", "eager")),
+    Bar("pyramid forward, b16: ours / pads, convolutions, ReLU, cat", "<=", 0.80,
+        mean_ratio(["pyramid"], "forward", "ours", "eager")),
+    Bar("self-attention 64x64, 64 channels, forward+backward: ours / bmm-softmax-bmm", "<=", 0.5,
+        mean_ratio(["attention"], "training", "ours", "published")),
+    Bar("correlation L1 of 4096 positions, forward+backward: ours / eager", "<=", 0.35,
+        mean_ratio(["gram_l1 positions 1"], "training", "ours", "eager")),
 ]
 # fmt: on
 

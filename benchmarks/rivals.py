@@ -199,8 +199,9 @@ def layer_rival(
 
     leaves = {"x": x, "weight": module.conv.weight, "bias": module.conv.bias, "skip": skip}
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf is not None}
-    generator = torch.Generator().manual_seed(1)
-    cotangent = place(torch.randn(data.x.size(0), layer.out, layer.size, layer.size, generator=generator))
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    size = (data.x.size(0), layer.out, layer.size, layer.size)
+    cotangent = place(torch.randn(size, generator=generator, device=DEVICE))
 
     def step() -> tuple[Tensor, Tensor | None]:
         for leaf in leaves.values():

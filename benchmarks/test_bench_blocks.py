@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import DEVICE, LAYOUTS, SMOKE, Outputs, Rival, Row
-from region_rivals import DTYPE, GRADIENT_LIMIT, LIMIT, filled, fresh
+from region_rivals import BATCH, DTYPE, GRADIENT_LIMIT, LIMIT, filled, fresh
 from torch import Tensor, nn
 
 from fused_inpaint import AOTBlock, PyramidConv2d, ops
@@ -32,7 +32,7 @@ def contender(
 ) -> Rival:
     """`module(*maps)`, which gives a map or several; in training the gradients of all maps and parameters too.
     `compared`: what of the parameters' gradients is compared, and under which names."""
-    place = {"device": "cpu" if dtype == torch.float64 else DEVICE, "dtype": dtype, "memory_format": LAYOUTS[layout]}
+    place = {"device": DEVICE, "dtype": dtype, "memory_format": LAYOUTS[layout]}
     module = copy.deepcopy(module).to(**place)
     leaves = [m.to(**place, copy=True).requires_grad_(kind == "training") for m in maps]
     cotangents: list[Tensor] = []
@@ -54,7 +54,7 @@ def contender(
         names = [name for name, _ in module.named_parameters()]
         of_parameters = dict(zip(names, gradients[len(leaves) :], strict=bool(gradients)))
         found |= {f"gradient of {name}": t for name, t in compared(of_parameters).items()}
-        return {name: t.detach().double().cpu() for name, t in found.items()}
+        return {name: t.detach().double() for name, t in found.items()}
 
     return Rival(step if kind == "training" else forward, outputs, family)
 
@@ -107,7 +107,7 @@ def without_gate_bias(gradients: Named) -> Named:
 @KINDS
 def test_aot_block(kind: str, measure) -> None:
     """The block of AOT-GAN, 256 channels at 64 x 64; its six convolutions as the floor."""
-    (x,) = fresh((1, CHANNELS, SIDE, SIDE))
+    (x,) = fresh((BATCH, CHANNELS, SIDE, SIDE))
     eager, ours = filled(SeparateBranchAOTBlock(CHANNELS, RATES)), AOTBlock(CHANNELS, RATES)
     ours.load_state_dict(under_our_names(eager.state_dict()))
     padded = [F.pad(x, (rate,) * 4, "reflect") for rate in (*RATES, 1, 1)]
@@ -126,7 +126,7 @@ def test_aot_block(kind: str, measure) -> None:
 @KINDS
 def test_pyramid(kind: str, measure) -> None:
     """Its four dilated branches, 256 channels at 64 x 64; their convolutions of padded maps as the floor."""
-    (x,) = fresh((1, CHANNELS, SIDE, SIDE))
+    (x,) = fresh((BATCH, CHANNELS, SIDE, SIDE))
     eager, ours = filled(SeparateBranches(CHANNELS, RATES)), PyramidConv2d(CHANNELS, RATES)
     ours.load_state_dict(stacked(eager.state_dict()))
     padded = [F.pad(x, (rate,) * 4, "reflect") for rate in RATES]
@@ -143,7 +143,7 @@ def test_pyramid(kind: str, measure) -> None:
 @KINDS
 def test_gated_blend(kind: str, measure) -> None:
     """The gate's normalization and the blend alone, at the same size."""
-    maps = fresh(*[(1, CHANNELS, SIDE, SIDE)] * 3)
+    maps = fresh(*[(BATCH, CHANNELS, SIDE, SIDE)] * 3)
     ours, eager = Function(ops.gated_blend), Function(published_gated_blend)
     rivals = {"ours": contender(ours, maps, kind)}
     rivals |= {f"eager {layout}": contender(eager, maps, kind, layout) for layout in LAYOUTS}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import workload
 from harness import DEVICE, LAYOUTS, ON_GPU, SMOKE, Record, Rival, Row, compare
+from network_rivals import FORMS, inference_rival, training_rival
 from rivals import Block, TrainingStep, exact, graphed, layer_rival, masked_block, network, network_rival, tuned
 
 pytestmark = [
@@ -127,6 +128,43 @@ def test_network_training(measure) -> None:
     rivals = {"ours": rival("ours")}
     rivals |= {f"{form} {layout}": rival(form, layout) for form in ("plain", "full-channel") for layout in LAYOUTS}
     measure(Row("unet512 b16 training", rivals, {"partial": loss}, LIMIT, rounds=7, inference=False))
+
+
+PAPER_SIDES = {"region_wise": 256, "deepgin": 256, "aot_gan": 512, "cgan_pc_rn": 512}
+
+
+@pytest.mark.parametrize("batch", [1, 16], ids=["b1", "b16"])
+@pytest.mark.parametrize("key", ["region_wise", "deepgin", "aot_gan"])
+def test_paper(key: str, batch: int, measure) -> None:
+    """Another paper's network beside itself on eager operators; one picture also as a graph."""
+    side, count = (80, 1) if SMOKE else (PAPER_SIDES[key], batch)
+    name = f"{key}{PAPER_SIDES[key]} b{batch} inference"
+    with torch.inference_mode():
+        double = inference_rival(key, "eager", "nchw", torch.float64, side=side, batch=count).outputs()
+        compare(name, "ours in float32", inference_rival(key, "ours", side=side, batch=count).outputs(), double, 5e-4)
+    wraps = {"": lambda net: net, "graphed ": graphed} if batch == 1 else {"": lambda net: net}
+    rivals = {}
+    for how, wrap in wraps.items():
+        rivals[f"{how}ours"] = inference_rival(key, "ours", dtype=HALF, wrap=wrap, side=side, batch=count)
+        for layout in LAYOUTS:
+            eager = inference_rival(key, "eager", layout, HALF, wrap, side, count)
+            rivals[f"{how}eager {layout}"] = eager
+    measure(Row(name, rivals, {"partial": lambda: double}, NETWORK_LIMIT, rounds=7))
+
+
+def test_region_norm_network_training(measure) -> None:
+    """Forward and backward of the network with partial convolution and region norm; its equality is shown on a CPU, in
+    float64. In bfloat16 only the loss is compared."""
+    key, side, count = "cgan_pc_rn", *((80, 1) if SMOKE else (PAPER_SIDES["cgan_pc_rn"], BATCH))
+
+    def rival(form: str, layout: str = "channels_last", dtype: torch.dtype = HALF) -> Rival:
+        made = training_rival(key, form, layout, dtype, side, count)
+        return Rival(made.call, lambda: {"loss": made.outputs()["loss"]})
+
+    rivals = {"ours": rival("ours")}
+    rivals |= {f"eager {form} {layout}": rival(form, layout) for form in FORMS[key][1:] for layout in LAYOUTS}
+    truth = {"partial": lambda: rival(FORMS[key][1], "nchw", torch.float32).outputs()}
+    measure(Row(f"{key}512 b16 training", rivals, truth, LIMIT, rounds=5, inference=False))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the CPU's row runs the same code")

@@ -9,6 +9,7 @@ import torch
 import workload
 from harness import DEVICE, LAYOUTS, SMOKE, Record
 from region_rivals import (
+    BATCH,
     DTYPE,
     EXISTING,
     HOLES,
@@ -73,7 +74,7 @@ def test_learned_region_norm(training: bool, measure) -> None:
 @pytest.mark.parametrize("upsample", [1, 2])
 def test_region_conv_input(upsample: int, hole: str, training: bool, measure) -> None:
     """The published decoder layer, 192 + 128 to 128 channels at 128 x 128, or from there to 256 x 256."""
-    maps = fresh((1, EXISTING, SIDE, SIDE), (1, MISSING, SIDE, SIDE))
+    maps = fresh((BATCH, EXISTING, SIDE, SIDE), (BATCH, MISSING, SIDE, SIDE))
     mask = HOLES[hole](SIDE).to(DEVICE, DTYPE)
 
     def pair(module: nn.Module, existing: Tensor, missing: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def test_region_conv_input(upsample: int, hole: str, training: bool, measure) ->
 @pytest.mark.parametrize("hole", HOLES)
 def test_region_conv_output(hole: str, training: bool, measure) -> None:
     """Equation 1, 128 to 128 channels at 128 x 128; one plain convolution as the floor."""
-    maps = fresh((1, MISSING, SIDE, SIDE))
+    maps = fresh((BATCH, MISSING, SIDE, SIDE))
     mask = HOLES[hole](SIDE).to(DEVICE, DTYPE)
 
     def with_mask(module: nn.Module, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import SMOKE
+from harness import DEVICE, SMOKE
 from torch import Tensor
 
 from fused_inpaint.baselines import ENCODER_KERNELS, ENCODER_WIDTHS, PConvUNet
@@ -115,14 +115,18 @@ class Inputs:
 
 
 def inputs(layer: Layer, picture: int = 512, zeroed: bool = True, batch: int = 1) -> Inputs:
-    """Features behind an activation, with the mask of that depth; zero in the holes unless `zeroed` is False."""
+    """Features behind an activation, with the mask of that depth, on the device; zero in the holes unless `zeroed` is
+    False."""
     side = 32 if SMOKE else picture
-    chain = mask_chain(side, batch)
-    generator = torch.Generator().manual_seed(layer.level)
+    chain = {name: mask.to(DEVICE) for name, mask in mask_chain(side, batch).items()}
+    generator = torch.Generator(DEVICE).manual_seed(layer.level)
     level = layer.level
 
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=DEVICE)
+
     def features(channels: int, mask: Tensor, slope: float) -> Tensor:
-        x = F.leaky_relu(torch.randn(batch, channels, *mask.shape[2:], generator=generator), slope)
+        x = F.leaky_relu(random(batch, channels, *mask.shape[2:]), slope)
         return (x * mask if zeroed else x).contiguous(memory_format=torch.channels_last)
 
     outer = "input" if level == 1 else f"enc{level - 1}"
@@ -136,8 +140,8 @@ def inputs(layer: Layer, picture: int = 512, zeroed: bool = True, batch: int = 1
         mask, skip, skip_mask = chain[outer], None, None
         x = features(layer.up, mask, 0.0)
     fan_in = (layer.up + layer.skip) * layer.kernel**2
-    weight = torch.randn(layer.out, layer.up + layer.skip, layer.kernel, layer.kernel, generator=generator)
-    bias = torch.randn(layer.out, generator=generator) if layer.bias else None
+    weight = random(layer.out, layer.up + layer.skip, layer.kernel, layer.kernel)
+    bias = random(layer.out) if layer.bias else None
     return Inputs(x, mask, skip, skip_mask, weight * math.sqrt(2.0 / fan_in), bias)
 
 
