@@ -41,19 +41,34 @@ struct Run {
   int steps;
 };
 
+// K: side of a square kernel without dilation, whose windows inside the map are summed without a look at each tap; 0
+// for any other.
+template <int K>
 __device__ void sum_window(const Step& g, unsigned n, unsigned pixel) {
-  const int y = pixel / g.out_w, x = pixel % g.out_w;
+  const int top = static_cast<int>(pixel / g.out_w) * g.stride[0] - g.padding[0];
+  const int left = static_cast<int>(pixel % g.out_w) * g.stride[1] - g.padding[1];
+  const bool inside = K > 0 && top >= 0 && left >= 0 && top + K <= g.h && left + K <= g.w;
   unsigned total = 0;
   for (int s = 0; s < g.sources; ++s) {
     const Source& m = g.source[s];
     unsigned sum = 0;
     for (int p = 0; p < m.planes; ++p) {
       const uint8_t* plane = m.mask + ((m.shared ? 0 : n) * m.planes + p) * m.h * m.w;
+      if (inside) {
+#pragma unroll
+        for (int u = 0; u < K; ++u) {
+          const uint8_t* row = plane + ((top + u) >> m.shift) * m.w;
+#pragma unroll
+          for (int v = 0; v < K; ++v) sum += row[(left + v) >> m.shift];
+        }
+        continue;
+      }
       for (int u = 0; u < g.kernel[0]; ++u) {
-        const int row = y * g.stride[0] - g.padding[0] + u * g.dilation[0];
+        const int row = top + u * g.dilation[0];
         if (row < 0 || row >= g.h) continue;
+#pragma unroll 1
         for (int v = 0; v < g.kernel[1]; ++v) {
-          const int column = x * g.stride[1] - g.padding[1] + v * g.dilation[1];
+          const int column = left + v * g.dilation[1];
           if (column >= 0 && column < g.w) sum += plane[(row >> m.shift) * m.w + (column >> m.shift)];
         }
       }
@@ -65,9 +80,11 @@ __device__ void sum_window(const Step& g, unsigned n, unsigned pixel) {
   g.valid[at] = total > 0;
 }
 
+template <int K>
 __global__ void window_kernel(const __grid_constant__ Step step, unsigned batch) {
-  const unsigned pixels = step.pixels(), n = batch * pixels;
-  for (unsigned i = global_thread(); i < n; i += all_threads()) sum_window(step, i / pixels, i % pixels);
+  const unsigned pixels = step.pixels();
+  for (unsigned n = blockIdx.y; n < batch; n += gridDim.y)
+    for (unsigned pixel = global_thread(); pixel < pixels; pixel += all_threads()) sum_window<K>(step, n, pixel);
 }
 
 // A map of at most so many pixels is a step for one block, a pixel for each thread: it takes less than a launch does.
@@ -76,7 +93,7 @@ constexpr unsigned kSmall = 1024;
 // One block for each sample, whose masks depend on no other.
 __global__ void __launch_bounds__(kSmall) window_run_kernel(const __grid_constant__ Run run) {
   for (int s = 0; s < run.steps; ++s) {
-    if (threadIdx.x < run.step[s].pixels()) sum_window(run.step[s], blockIdx.x, threadIdx.x);
+    if (threadIdx.x < run.step[s].pixels()) sum_window<0>(run.step[s], blockIdx.x, threadIdx.x);
     __syncthreads();  // the next step reads what this one wrote
   }
 }
@@ -109,6 +126,22 @@ Step describe(WindowStep& step) {
   return g;
 }
 
+// Calls body.template operator()<K>() for sum_window.
+template <typename F>
+void with_side(const Step& g, F&& body) {
+  const bool plain = g.kernel[0] == g.kernel[1] && g.dilation[0] == 1 && g.dilation[1] == 1;
+  switch (plain ? g.kernel[0] : 0) {
+    case 3:
+      return body.template operator()<3>();
+    case 5:
+      return body.template operator()<5>();
+    case 7:
+      return body.template operator()<7>();
+    default:
+      return body.template operator()<0>();
+  }
+}
+
 void sum_windows(std::vector<WindowStep>& steps) {
   if (steps.empty()) return;
   const DeviceGuard guard(steps[0].counts);
@@ -129,7 +162,9 @@ void sum_windows(std::vector<WindowStep>& steps) {
       run.step[run.steps++] = describe(step);
       blocks = batch;
     } else {
-      FUSED_INPAINT_LAUNCH(window_kernel, blocks_for(n), dim3(kThreads), 0, stream, describe(step), batch);
+      const Step g = describe(step);
+      const dim3 grid(blocks_for(n / batch).x, std::min(batch, 65535u));
+      with_side(g, [&]<int K>() { FUSED_INPAINT_LAUNCH(window_kernel<K>, grid, dim3(kThreads), 0, stream, g, batch); });
     }
   }
   flush();
