@@ -404,13 +404,17 @@ def as_json(facts: dict[str, Any], records: Records) -> dict[str, Any]:
     return {"machine": facts, "figures": figures, "rows": rows}
 
 
+def file_stem(facts: dict[str, Any]) -> str:
+    """Of the files with results of one machine, day and, on a CPU, commit."""
+    if "gpu" in facts:
+        return f"{re.sub('[^a-z0-9]+', '-', facts['gpu'].lower()).strip('-')}-{facts['date'][:10]}"
+    return f"partial_conv-{facts['date'][:10]}-{facts['commit']}{'-dirty' if facts['dirty'] else ''}"
+
+
 def save(facts: dict[str, Any], records: Records) -> Path:
     """Write benchmarks/results/partial_conv-<date>-<commit>.json, or <gpu>-<date>.json; a later run of that name
     replaces it."""
     RESULTS.mkdir(exist_ok=True)
-    name = f"partial_conv-{facts['date'][:10]}-{facts['commit']}{'-dirty' if facts['dirty'] else ''}.json"
-    if "gpu" in facts:
-        name = f"{re.sub('[^a-z0-9]+', '-', facts['gpu'].lower()).strip('-')}-{facts['date'][:10]}.json"
-    path = RESULTS / name
+    path = RESULTS / f"{file_stem(facts)}.json"
     path.write_text(json.dumps(as_json(facts, records), indent=1) + "\n")
     return path
