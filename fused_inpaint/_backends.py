@@ -46,11 +46,6 @@ _MISSING = {
     "triton": _without_triton(),
 }
 
-NEVER_RUN = {
-    "cuda": "compiled, and tested in emulation on a CPU, but never run on a GPU yet",
-    "triton": "compiled for GPUs, and tested in Triton's interpreter on a CPU, but never run on a GPU yet",
-}
-
 
 class NoBackendError(RuntimeError):
     """The backend that was asked for cannot run this call."""

@@ -36,11 +36,7 @@ def collect() -> dict[str, dict[str, Any]]:
     versions = {"fused_inpaint": __version__, "python": platform.python_version(), "torch": torch.__version__}
     # Read from package metadata: importing Triton looks for a GPU driver.
     versions |= {name: version(name) for name in ("numpy", "triton", "scikit-image", "pillow")}
-    never = _backends.NEVER_RUN
-    backends = {
-        name: reason or (f"usable; {never[name]}" if name in never else "usable")
-        for name, reason in _backends.status().items()
-    }
+    backends = {name: reason or "usable" for name, reason in _backends.status().items()}
     machine = {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
