@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Thin sources of the vendor's convolution as 2 x 2 blocks of pixels on the GPU (Blocks), and the way back.
+// Thin sources of the vendor's convolution as 2 x 2 blocks of pixels on the GPU (PixelBlocks), and the way back.
 #define FUSED_INPAINT_DEVICE cuda
 #include "common/cuda_types.cuh"
 #include "common/launch.cuh"
@@ -14,7 +14,7 @@ struct Sizes {
   unsigned n, h, w, c, planes, side[2], width;
   int offset[2];
   bool shared;  // the mask is
-  Sizes(const Tensor& x, const Tensor* mask, const Blocks& b)
+  Sizes(const Tensor& x, const Tensor* mask, const PixelBlocks& b)
       : n(index32(x.size(0))),
         h(index32(x.size(2))),
         w(index32(x.size(3))),
@@ -71,7 +71,7 @@ __global__ void unblock_kernel(const T* blocks, Sizes s, T* x) {
 // Weight (outputs, k, k, total) in memory, of which channels [first, first + channels) are taken; in blocks (phases *
 // padded, taps, taps, width).
 struct Filters {
-  Blocks b;
+  PixelBlocks b;
   unsigned outputs, padded, total, first, width;
   // The tap of the kernel, and its channel, that one value in blocks holds for a phase; false if it holds none.
   __device__ bool tap(unsigned phase, unsigned U, unsigned V, unsigned value, int& u, int& v, unsigned& c) const {
@@ -112,7 +112,7 @@ __global__ void unblock_weight_kernel(const T* grad, Filters f, T* grad_weight, 
   }
 }
 
-Filters filters_of(const Tensor& weight, int64_t first, int64_t padded, const Blocks& b) {
+Filters filters_of(const Tensor& weight, int64_t first, int64_t padded, const PixelBlocks& b) {
   index32(weight.numel());
   return {b, index32(weight.size(0)), index32(padded), index32(weight.size(1)), index32(first), index32(b.width())};
 }
@@ -128,7 +128,7 @@ void dispatch_half(ScalarType dtype, F&& body) {
 
 }  // namespace
 
-Tensor block_source(const Tensor& x, const Tensor* mask, const Blocks& b) {
+Tensor block_source(const Tensor& x, const Tensor* mask, const PixelBlocks& b) {
   const Tensor rows = channels_last(x);
   const Sizes s(x, mask, b);
   Tensor out = empty_channels_last({x.size(0), b.width(), b.side[0], b.side[1]}, x.scalar_type(), x);
@@ -145,7 +145,7 @@ Tensor block_source(const Tensor& x, const Tensor* mask, const Blocks& b) {
   return out;
 }
 
-Tensor unblock_gradient(const Tensor& grad, const Tensor& x, const Blocks& b) {
+Tensor unblock_gradient(const Tensor& grad, const Tensor& x, const PixelBlocks& b) {
   Tensor out = empty_channels_last({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), x);
   dispatch_half(x.scalar_type(), [&]<typename T>() {
     FUSED_INPAINT_LAUNCH(unblock_kernel<T>, blocks_for(out.numel()), dim3(kThreads), 0, current_stream(x),
@@ -154,7 +154,7 @@ Tensor unblock_gradient(const Tensor& grad, const Tensor& x, const Blocks& b) {
   return out;
 }
 
-Tensor block_weight(const Tensor& weight, int64_t first, int64_t outputs, const Blocks& b) {
+Tensor block_weight(const Tensor& weight, int64_t first, int64_t outputs, const PixelBlocks& b) {
   const Tensor rows = channels_last(weight);
   Tensor out = empty_channels_last({(b.phases ? 4 : 1) * outputs, b.width(), b.taps[0], b.taps[1]},
                                    weight.scalar_type(), weight);
@@ -166,7 +166,7 @@ Tensor block_weight(const Tensor& weight, int64_t first, int64_t outputs, const 
   return out;
 }
 
-void unblock_weight_gradient(const Tensor& grad, int64_t first, const Blocks& b, Tensor& grad_weight) {
+void unblock_weight_gradient(const Tensor& grad, int64_t first, const PixelBlocks& b, Tensor& grad_weight) {
   const int64_t values = grad_weight.size(0) * b.kernel[0] * b.kernel[1] * b.channels;
   dispatch_half(grad_weight.scalar_type(), [&]<typename T>() {
     FUSED_INPAINT_LAUNCH(unblock_weight_kernel<T>, blocks_for(values), dim3(kThreads), 0, current_stream(grad_weight),

@@ -70,7 +70,7 @@ inline int64_t window_output(int64_t size, int64_t kernel, int64_t stride, int64
 // channels, each pixel filled up with zeros to 2 or 4. What is a convolution of too few channels for a GPU's matrix
 // units becomes an unpadded one of stride 1 and (k + 1) / 2 taps a side. Either the convolution itself has stride 2, or
 // it has stride 1 and gives the four phases of Fold, beside an upsampled source.
-struct Blocks {
+struct PixelBlocks {
   int64_t channels, kernel[2], taps[2], offset[2], side[2];  // side of the map of blocks
   bool phases;
   int64_t width() const { return channels > 2 ? 16 : 8; }
@@ -120,10 +120,10 @@ void accumulate(Tensor& sum, const Tensor& term);
 
 // partial_blocks, on a GPU alone. mask: null where the holes hold 0 already. outputs: of each phase, with those that
 // are there to fill up.
-Tensor block_source(const Tensor& x, const Tensor* mask, const Blocks& blocks);
-Tensor block_weight(const Tensor& weight, int64_t first, int64_t outputs, const Blocks& blocks);
-Tensor unblock_gradient(const Tensor& grad, const Tensor& x, const Blocks& blocks);
-void unblock_weight_gradient(const Tensor& grad, int64_t first, const Blocks& blocks, Tensor& grad_weight);
+Tensor block_source(const Tensor& x, const Tensor* mask, const PixelBlocks& blocks);
+Tensor block_weight(const Tensor& weight, int64_t first, int64_t outputs, const PixelBlocks& blocks);
+Tensor unblock_gradient(const Tensor& grad, const Tensor& x, const PixelBlocks& blocks);
+void unblock_weight_gradient(const Tensor& grad, int64_t first, const PixelBlocks& blocks, Tensor& grad_weight);
 // (O, C, k, k) -> fold_weight with `outputs` of them in each phase, the last ones zero.
 Tensor fold_weight(const Tensor& weight, int64_t first, int64_t channels, int64_t outputs);
 

@@ -63,9 +63,9 @@ struct Operands {
   std::vector<Tensor> x, weight;
   std::vector<bool> folded;
   std::vector<ConvGeometry> geometry;
-  std::vector<std::optional<Blocks>> blocks;
+  std::vector<std::optional<PixelBlocks>> blocks;
   void add(const Tensor& source, const Tensor& filters, bool low, const ConvGeometry& how,
-           const std::optional<Blocks>& in_blocks = std::nullopt) {
+           const std::optional<PixelBlocks>& in_blocks = std::nullopt) {
     x.push_back(source), weight.push_back(filters), folded.push_back(low), geometry.push_back(how);
     blocks.push_back(in_blocks);
   }
@@ -94,10 +94,10 @@ Tensor zero_filled(const Tensor& x, const Tensor& mask, int64_t zeroed) {
 }
 
 // How a source is taken in blocks, if that is what the matrix units want. `phases`: it stands beside an upsampled one.
-std::optional<Blocks> blocks_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool phases) {
+std::optional<PixelBlocks> blocks_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool phases) {
   const int64_t stride = phases ? 1 : 2;
   if (!kMatrixUnits || x.size(1) > 4 || !is_half(x.scalar_type()) || g.groups != 1) return std::nullopt;
-  Blocks b{};
+  PixelBlocks b{};
   b.channels = x.size(1);
   b.phases = phases;
   for (int d = 0; d < 2; ++d) {
@@ -121,7 +121,7 @@ Operands prepare(const std::vector<Tensor>& sources, const std::vector<Tensor>& 
   const bool alone = sources.size() == 1 && upsample[0] == 1;
   const int64_t outputs = phase_outputs(weight.size(0), weight.scalar_type());
   const ConvGeometry unpadded{{1, 1}, {0, 0}, {1, 1}, 1};
-  auto add_blocks = [&](size_t i, const Blocks& b, int64_t first, int64_t n) {
+  auto add_blocks = [&](size_t i, const PixelBlocks& b, int64_t first, int64_t n) {
     if constexpr (kMatrixUnits)
       o.add(block_source(sources[i], zeroed[i] ? nullptr : &masks[i], b), block_weight(weight, first, n, b), b.phases,
             unpadded, b);
@@ -370,9 +370,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn(std::vector<Tensor>
   const auto size = checked_output_size(sources, masks, count, weight, upsample, groups, zeroed);
   check_channels({&norm_weight, &norm_bias}, outputs);
   const ScalarType dtype = sources[0].scalar_type();
-  Tensor mean = constant(0, outputs, dtype, weight), var = constant(0, outputs, dtype, weight);
   Tensor y = empty_channels_last(size, dtype, sources[0]);
-  if (elements(size) == 0) return {y, empty_channels_last(size, dtype, sources[0]), mean, var};
+  if (elements(size) == 0) {
+    const Tensor none = constant(0, outputs, dtype, weight);
+    return {y, empty_channels_last(size, dtype, sources[0]), none, constant(0, outputs, dtype, weight)};
+  }
+  Tensor mean = empty({outputs}, wide(dtype), weight), var = empty({outputs}, wide(dtype), weight);
   const bool fold = folds(sources, upsample, weight, fold_from);
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, zeroed, fold, {});
   const Numerator numerator = convolve(o, false);
