@@ -264,9 +264,13 @@ def test_memory_layouts(backend: str, device: torch.device, name: str, layout: s
         assert_close(value, right[key], 5e-5 if s.case.fold else 1e-5, what=key)
 
 
-@pytest.mark.parametrize("name", ["plain", "relu", "up_folded", "train"])
+@pytest.mark.parametrize("name", ["plain", "relu", "up_folded", "train_relu"])
 def test_stride_0_gradient(backend: str, device: torch.device, name: str) -> None:
-    """What sum() sends back is one number, expanded."""
+    """What sum() sends back is one number, expanded.
+
+    Of a constant gradient a norm alone leaves what holes make of it: with "train", a gradient 138 times smaller than the
+    terms it is the sum of, so that one rounding of float32 in a term is 8e-6 of it. An activation keeps it from that.
+    """
     s, t = sample(named(name), device=device), sample(named(name), device=device)
     y, _ = s()
     y.sum().backward()

@@ -135,9 +135,14 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(act(norm(v)), 0 in empty windows; mean; biased variance)"""
     if v.numel() == 0:  # no value: nothing to normalise, and the running statistics keep theirs
-        mean = var = v.new_zeros(v.size(1))
+        moved = mean = var = v.new_zeros(1, v.size(1), 1, 1)
     else:
-        var, mean = torch.var_mean(v, (0, 2, 3), correction=0)
-    y = (v - mean.view(1, -1, 1, 1)) * (var + eps).rsqrt().view(1, -1, 1, 1)
+        # Moved by about the mean, a constant that no statistic sees: on a GPU torch.var_mean rounds a mean to v's type
+        # in every step, which for values far from 0 leaves the variance hardly a correct digit.
+        moved = v.detach().mean((0, 2, 3), keepdim=True)
+        v = v - moved
+        var, mean = torch.var_mean(v, (0, 2, 3), correction=0, keepdim=True)
+    y = (v - mean) * (var + eps).rsqrt()
     y = y * norm_weight.to(y.dtype).view(1, -1, 1, 1) + norm_bias.to(y.dtype).view(1, -1, 1, 1)
-    return torch.where(count > 0, _activate(y, activation, slope), 0.0), mean.detach(), var.detach()
+    y = torch.where(count > 0, _activate(y, activation, slope), 0.0)
+    return y, (moved + mean).detach().flatten(), var.detach().flatten()
