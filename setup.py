@@ -98,7 +98,15 @@ def decide(choice, torch, compiler):
     return ("cpu", no_cuda) if no_cuda else ("cuda", "")
 
 
-def make_extension(kind):
+def standard_library(compiler):
+    """How the linker is to find libstdc++: shared, whatever the compiler has."""
+    found = subprocess.run([*compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
+    # A toolchain with the static one alone, which answers with the bare name, would put a copy into the library. A process
+    # with two of them crashes at the first exception, and every refusal is one.
+    return "-lstdc++" if os.path.isabs(found) else "-l:libstdc++.so.6"
+
+
+def make_extension(kind, compiler):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = ["csrc/module.cpp", *sorted(glob("csrc/*/*_cpu.cpp"))]
@@ -123,8 +131,8 @@ def make_extension(kind):
     )
     # --as-needed records only the libraries the stable ABI really uses. libstdc++ comes first because torch's libraries
     # export some of its symbols as well, and ours must not bind to those.
-    libraries = [f"-l{name}" for name in ("stdc++", *extension.libraries) if name != "torch_python"]
-    extension.extra_link_args = ["-fopenmp", "-Wl,--as-needed", *libraries]
+    libraries = [f"-l{name}" for name in extension.libraries if name != "torch_python"]
+    extension.extra_link_args = ["-fopenmp", "-Wl,--as-needed", standard_library(compiler), *libraries]
     extension.libraries = []
     return extension, flags
 
@@ -184,7 +192,7 @@ if COMPILING & set(sys.argv):
         from torch.utils.cpp_extension import BuildExtension
 
         os.environ["CXX"] = shlex.join(compiler)
-        extension, flags = make_extension(FACTS["kind"])
+        extension, flags = make_extension(FACTS["kind"], compiler)
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
         FACTS["compiler"] = version.splitlines()[0]
         FACTS["flags"] = {language: shlex.join(words) for language, words in flags.items()}
