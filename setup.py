@@ -101,8 +101,8 @@ def decide(choice, torch, compiler):
 def standard_library(compiler):
     """How the linker is to find libstdc++: shared, whatever the compiler has."""
     found = subprocess.run([*compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
-    # A toolchain with the static one alone, which answers with the bare name, would put a copy into the library. A process
-    # with two of them crashes at the first exception, and every refusal is one.
+    # A toolchain with the static one alone, which answers with the bare name, would put a copy into the library. A
+    # process with two of them crashes at the first exception, and every refusal is one.
     return "-lstdc++" if os.path.isabs(found) else "-l:libstdc++.so.6"
 
 
