@@ -2,6 +2,7 @@
 # Each target makes the virtual environment it needs; python3, a C++ compiler and make are enough to start.
 #
 #   make test TORCH=torch==2.11.0
+#   make test TESTS=tests/test_web.py TEST_EXTRAS=test,demo,web-test
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -9,6 +10,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO ?=
 TESTS ?= tests
+TEST_EXTRAS ?= test,demo
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 # Installing again is due when what is compiled or declared changes; edits to Python files show through the editable install.
@@ -67,7 +69,7 @@ $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES)
 
 # The package is there already, so this adds the requirements of its extras without compiling it again.
 $(VENV)/.demo: EXTRAS := demo
-$(VENV)/.test: EXTRAS := test,demo
+$(VENV)/.test: EXTRAS := $(TEST_EXTRAS)
 $(VENV)/.lint: EXTRAS := lint
 $(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install -q 'fused-inpaint[$(EXTRAS)]'

@@ -130,18 +130,30 @@ def read_mask(path: str | os.PathLike[str], size: tuple[int, int] | None, hole: 
 
     Transparent parts of a mask count as known. `size` is the photo's (None: any).
     """
-    is_hole, grey = read_hole(path, hole)
-    if size not in (None, is_hole.shape):
-        raise ImageError(f"mask must be {_wide_high(size)} pixels like the photo, got {_wide_high(is_hole.shape)}")
-    if grey > GREY_LIMIT:
-        raise ImageError(f"mask must be black and white, got {100 * grey:.0f} % grey pixels")
+    is_hole, note = read_sharp_hole(path, size, hole)
     other = "black" if hole == "white" else "white"
     if not is_hole.any():
         raise ImageError(f"mask must mark some hole in {hole}, got none (holes in {other}: --hole {other})")
     if is_hole.all():
         raise ImageError(f"mask must leave some known pixels, got only {hole}, which marks holes")
-    note = f"{100 * grey:.1f} % of the mask is grey; it is cut at half" if grey > GREY_NOTE else ""
-    return torch.from_numpy(1 - is_hole.astype(np.float32))[None, None], note
+    return known_outside(is_hole), note
+
+
+def known_outside(is_hole: np.ndarray) -> Tensor:  # (H, W) bool -> (1, 1, H, W) float32: 1 = known, 0 = hole
+    return torch.from_numpy(1 - is_hole.astype(np.float32))[None, None]
+
+
+def read_sharp_hole(
+    path: str | os.PathLike[str], size: tuple[int, int] | None, hole: str = "white"
+) -> tuple[np.ndarray, str]:
+    """(H, W) bool, True in the holes, of a mask file of the photo's `size` (None: any) that is black and white; and a
+    note for the user, or ""."""
+    is_hole, grey = read_hole(path, hole)
+    if size not in (None, is_hole.shape):
+        raise ImageError(f"mask must be {_wide_high(size)} pixels like the photo, got {_wide_high(is_hole.shape)}")
+    if grey > GREY_LIMIT:
+        raise ImageError(f"mask must be black and white, got {100 * grey:.0f} % grey pixels")
+    return is_hole, f"{100 * grey:.1f} % of the mask is grey; it is cut at half" if grey > GREY_NOTE else ""
 
 
 def read_hole(path: str | os.PathLike[str], hole: str = "white") -> tuple[np.ndarray, float]:

@@ -117,7 +117,7 @@ def test_bad_arguments_exit_with_2(folder, capsys, arguments):
 def test_interrupt_leaves_nothing_behind(folder):
     command = [sys.executable, "-m", "fused_inpaint", "inpaint", "photo.png", "--mask", "mask.png", "-o", "out.png"]
     with subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr.readline().startswith("fitting ")  # its first sign of life, after ten seconds
+        assert process.stderr.readline().startswith("filling ")  # its first sign of life, after ten seconds
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=30)
     assert process.returncode == 130

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._common import MODELS, ProgressBar, UserError, positive_float, positive_int, seed
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-# (image (1, 3, H, W), known (1, 1, H, W)) -> (filled, a line that says how)
-Complete = Callable[["Tensor", "Tensor"], tuple["Tensor", str]]
+    from ..completion import Method
 
 
 def add(verbs: Any) -> None:
@@ -50,13 +47,13 @@ def run(arguments: argparse.Namespace) -> None:
     from .. import images
 
     jobs = _jobs(arguments)
-    complete = network(arguments) if arguments.weights else _internal(arguments)
+    method = _method(arguments)
     failed: list[str] = []
     bar = ProgressBar("photos")
     try:
         for done, (photo, mask, output) in enumerate(jobs):
             try:
-                line = _fill(photo, mask, output, arguments.hole, complete)
+                line = _fill(photo, mask, output, arguments.hole, method)
             except images.ImageError as error:
                 if len(jobs) == 1:
                     raise UserError(str(error)) from None
@@ -73,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _fill(photo_path: Path, mask_path: Path, output: Path, hole: str, complete: Complete) -> str:
+def _fill(photo_path: Path, mask_path: Path, output: Path, hole: str, method: Method) -> str:
     from .. import images
 
     images.check_output(output, (photo_path, mask_path))
@@ -81,9 +78,30 @@ def _fill(photo_path: Path, mask_path: Path, output: Path, hole: str, complete: 
     known, note = images.read_mask(mask_path, photo.size, hole)
     if note:
         print(f"fused-inpaint inpaint: {note}", file=sys.stderr)
-    result, line = complete(photo.tensor(), known)
+    try:
+        with closing(ProgressBar("filling")) as bar:
+            result, how, notes = method(photo.tensor(), known, bar)
+    except images.ImageError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for note in notes:
+        print(f"fused-inpaint inpaint: {note}", file=sys.stderr)
     images.write_photo(photo.filled(result, known), output)
-    return line
+    return how
+
+
+def _method(arguments: argparse.Namespace) -> Method:
+    from .. import completion
+
+    if not arguments.weights:
+        return completion.InternalLearning(arguments.seconds, arguments.steps, arguments.seed)
+    try:
+        return completion.Network(
+            arguments.weights, arguments.model, arguments.strategy, arguments.size, arguments.overlap
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _jobs(arguments: argparse.Namespace) -> list[tuple[Path, Path, Path]]:
@@ -108,68 +126,3 @@ def _jobs(arguments: argparse.Namespace) -> list[tuple[Path, Path, Path]]:
     if len({target for _, _, target in jobs}) < len(jobs):
         raise UserError(f"photos must have names that differ before the dot, got two that do not in {photo}")
     return jobs
-
-
-def _internal(arguments: argparse.Namespace) -> Complete:
-    from ..training import internal
-
-    def complete(image: Tensor, known: Tensor) -> tuple[Tensor, str]:
-        bar = ProgressBar("fitting")
-        options = {"seconds": arguments.seconds, "steps": arguments.steps, "seed": arguments.seed}
-        try:
-            result, report = internal.restore(image, known, progress=bar, **options)
-        finally:
-            bar.close()
-        for note in report.notes:
-            print(f"fused-inpaint inpaint: {note}", file=sys.stderr)
-        return result, f"{report.sentence()} ({report.steps} steps, {report.seconds:.0f} s)"
-
-    return complete
-
-
-def network(arguments: argparse.Namespace) -> Complete:
-    """By the checkpoint of `weights` with `model`, `strategy`, `size` and `overlap`."""
-    from .. import models
-
-    try:
-        key = arguments.model or models.key_of(arguments.weights) or "pconv"
-        model = models.load_published(key, arguments.weights)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    name = f"filled by {key} with {arguments.weights}"
-
-    def complete(image: Tensor, known: Tensor) -> tuple[Tensor, str]:
-        bar = ProgressBar(arguments.strategy)
-        try:
-            if arguments.strategy == "whole":
-                return _whole(model, image, known, name)
-            sizes = {"size": arguments.size, "overlap": arguments.overlap}
-            return model.inpaint(image, known, arguments.strategy, progress=bar, **sizes), name
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
-                raise
-            high, wide = known.shape[-2:]
-            raise UserError(
-                f"photo must be small enough for memory, got {wide}x{high}; --strategy tile takes any size"
-            ) from None
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        finally:
-            bar.close()
-
-    return complete
-
-
-def _whole(model: Any, image: Tensor, known: Tensor, name: str) -> tuple[Tensor, str]:
-    """In one pass; partial convolutions may leave the middle of a large hole without a prediction."""
-    import torch
-
-    from ..training import fills
-
-    with torch.no_grad():
-        prediction = model(image, known)
-    out_of_reach = (getattr(prediction, "mask", known.new_ones(())) == 0) & (known == 0)
-    if not out_of_reach.any():
-        return prediction.image, name
-    line = f"{name}; {int(out_of_reach.sum())} hole pixels were out of the network's reach and are a smooth fill"
-    return torch.where(out_of_reach, fills.smooth(image, known), prediction.image), line

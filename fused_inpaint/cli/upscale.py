@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from typing import Any
 
-from ._common import MODELS, UserError, positive_int
+from ._common import MODELS, ProgressBar, UserError, positive_int
 
 
 def add(verbs: Any) -> None:
@@ -38,8 +39,7 @@ def _factor(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from .. import images
-    from .inpaint import network
+    from .. import completion, images
 
     if arguments.weights is None:
         # Of photos shrunk by averaging, a smooth fill makes no more than bicubic enlargement does; and where no known
@@ -54,8 +54,12 @@ def run(arguments: argparse.Namespace) -> None:
         if high * wide > images.MAX_MEGAPIXELS * 1e6:
             raise UserError(f"factor must give at most {images.MAX_MEGAPIXELS} megapixels, got {wide}x{high}")
         image, known = images.spread(photo.tensor(), arguments.factor)
-        result, line = network(arguments)(image, known)
+        method = completion.Network(
+            arguments.weights, arguments.model, arguments.strategy, arguments.size, arguments.overlap
+        )
+        with closing(ProgressBar("filling")) as bar:
+            result, how, _ = method(image, known, bar)
         images.write_photo(photo.enlarged(arguments.factor).filled(result, known), arguments.output)
-    except images.ImageError as error:
+    except ValueError as error:
         raise UserError(str(error)) from None
-    print(f"{arguments.output}: {wide}x{high}, {line}")
+    print(f"{arguments.output}: {wide}x{high}, {how}")
