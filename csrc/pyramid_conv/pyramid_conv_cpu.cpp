@@ -19,8 +19,9 @@ constexpr bool kWinograd = sizeof(T) >= 4;  // a half type would round the trans
 
 // Whether Winograd's form is the quicker one.
 bool suits_winograd(const Pyramid& p, const Tiles& tiles) {
-  // Packing the filters costs as much as some tiles; the transforms, for few channels, more than is saved.
-  return std::min(p.c, p.outputs) >= 24 && 8 * (tiles.count() + 32) < 3 * p.pixels();
+  // The transforms cost as c + outputs, what is saved is as their product. Packing the filters costs as much as 128
+  // tiles.
+  return p.c * p.outputs >= 40 * (p.c + p.outputs) && 8 * (tiles.count() + 128) < 3 * p.pixels();
 }
 
 // What a branch's convolution reads, (n, c, h, w) with padding unless the convolution pads by itself.
