@@ -50,6 +50,8 @@ CASES = [
     Case("beyond_the_map_zeros", (1, 6, 20), "zeros", size=(4, 6)),
     Case("as_far_as_reflects", (1, 6, 5), size=(7, 8)),
     Case("packs", (1, 2), channels=16, outputs=16),
+    # A weight's gradient by products of matrices.
+    Case("few_pixels", (2, 3), "replicate", channels=128, outputs=128, size=(5, 6)),
     Case("empty_batch", batch=0),
     *(
         dataclasses.replace(TILED, name=f"tiled_{mode}", padding_mode=mode)

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/chunks.h"
+#include "common/convolution.h"
 #include "pyramid_conv/pyramid_winograd_cpu.h"
 
 namespace fused_inpaint::cpu {
@@ -191,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> pyramid_conv2d_backward(Tensor grad, Tensor y
         }
       if (!direct && !need_weight) continue;
       const auto [to_operand, to_filters] =
-          aten_convolution_backward(of_branch, operand(x, p, b), filters, p.convolution(b), direct, need_weight);
+          convolution_backward(of_branch, operand(x, p, b), filters, p.convolution(b), direct, need_weight);
       if (direct) fold<T>(*to_operand, p, mutable_data<acc_t<T>>(sum));
       if (need_weight) {
         Tensor rows = rows_of(grad_weight, p, b);
