@@ -12,7 +12,7 @@ from harness import DEVICE, LAYOUTS, SMOKE, Outputs, Rival
 from rivals import on_device
 from torch import Tensor, nn
 
-from fused_inpaint import AOTBlock, RegionConv2d, SelfAttention2d, SPDBlock
+from fused_inpaint import AOTBlock, RegionConv2d, SelfAttention2d, SPDBlock, TapConv2d
 from fused_inpaint.baselines import (
     DenseRegionConv2d,
     NonLocalBlock,
@@ -57,6 +57,11 @@ class SeparateBranchSPDBlock(nn.Module):
         return x + self.fuse(torch.cat([branch(x) for branch in self.branches], 1))
 
 
+class Concatenated(nn.Module):
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        return x if isinstance(x, Tensor) else torch.cat(x, 1)
+
+
 class NormedBlock(nn.Module):
     """Partial convolution, two-pass region normalization, activation."""
 
@@ -84,6 +89,20 @@ def region_norm_unet(form: str, **size: int) -> PConvUNet:
 
 Part = dict[str, list[str]]
 
+# What stands around a TapConv2d's convolution.
+UPSAMPLED = {
+    "none": [],
+    "nearest": [nn.Upsample(scale_factor=2)],
+    "bilinear": [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)],
+}
+PADDED = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d}
+ACTIVATED: dict[str, Callable[[TapConv2d], list[nn.Module]]] = {
+    "none": lambda module: [],
+    "relu": lambda module: [nn.ReLU(inplace=True)],
+    "leaky_relu": lambda module: [nn.LeakyReLU(module.slope, inplace=True)],
+    "elu": lambda module: [nn.ELU(inplace=True)],
+}
+
 
 def replacement(module: nn.Module) -> tuple[nn.Module, Part] | None:
     """The eager form of one of our layers, and which of its modules share the parameters of each of the layer's."""
@@ -100,11 +119,16 @@ def replacement(module: nn.Module) -> tuple[nn.Module, Part] | None:
     if isinstance(module, RegionConv2d):
         layer = DenseRegionConv2d(module.in_channels, module.missing_channels, module.out_channels, module.upsample)
         return layer, {"": ["conv"]}
-    if isinstance(module, region_wise._UpConv | region_wise._Conv):
-        up = isinstance(module, region_wise._UpConv)
-        around, front = (1, [nn.Upsample(scale_factor=2)]) if up else (module.around, [])
+    if isinstance(module, region_wise._Conv):
         conv = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, 0, module.dilation)
-        layers = [*front, nn.ReflectionPad2d(around), conv, nn.ELU(inplace=True)]
+        return nn.Sequential(nn.ReflectionPad2d(module.around), conv, nn.ELU(inplace=True)), {"": ["1"]}
+    if isinstance(module, TapConv2d):
+        layers, padding = [Concatenated(), *UPSAMPLED[module.upsampling]], module.kernel_size[0] // 2
+        if module.padding_mode != "zeros":
+            layers.append(PADDED[module.padding_mode](padding))
+            padding = 0
+        conv = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, padding=padding)
+        layers += [conv, *ACTIVATED[module.activation](module)]
         return nn.Sequential(*layers), {"": [str(layers.index(conv))]}
     return None
 

@@ -19,6 +19,7 @@ from .nn import (
     RegionNorm2d,
     SelfAttention2d,
     SPDBlock,
+    TapConv2d,
     prepack,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "RegionNorm2d",
     "SPDBlock",
     "SelfAttention2d",
+    "TapConv2d",
     "losses",
     "masks",
     "models",

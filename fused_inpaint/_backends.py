@@ -112,6 +112,11 @@ def choose(op: str, device: str, prefer: Sequence[str] = (), refusal: Callable[[
     return _selected
 
 
+def chosen(name: str, device: str) -> bool:
+    """Whether backend `name` is the selected one, or may be chosen, and runs on a device type."""
+    return _selected in ("auto", name) and not _refusal(name, device)
+
+
 def native(device: str) -> bool:
     """Whether the compiled library has kernels for tensors of a device type."""
     return any(not _refusal(name, device) for name in ("cuda", "cpu"))

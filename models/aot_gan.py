@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_inpaint.nn import AOTBlock
+from fused_inpaint.nn import AOTBlock, TapConv2d
 
 from .base import Discriminator, InpaintingModel, Prediction, pad_as_hole, shared_hole
 from .spectral import SpectralConv2d
@@ -59,13 +59,14 @@ class AOTGANNet(nn.Module):
         )
         self.blocks = nn.Sequential(*(AOTBlock(4 * width, self.rates) for _ in range(blocks)))
         self.decoder = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-            nn.Conv2d(4 * width, 2 * width, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-            nn.Conv2d(2 * width, width, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, 3, 3, padding=1),
+            # The published one's layers by number: upsampling, convolution, ReLU.
+            nn.Identity(),
+            TapConv2d(4 * width, 2 * width, 3, upsampling="bilinear", activation="relu"),
+            nn.Identity(),
+            nn.Identity(),
+            TapConv2d(2 * width, width, 3, upsampling="bilinear", activation="relu"),
+            nn.Identity(),
+            TapConv2d(width, 3, 3),
             nn.Tanh(),
         )
         _initialise(self)

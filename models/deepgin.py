@@ -36,7 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_inpaint.nn import PyramidConv2d, SelfAttention2d, SPDBlock
+from fused_inpaint.nn import PyramidConv2d, SelfAttention2d, SPDBlock, TapConv2d
+from fused_inpaint.ops import pyramid_conv2d
 
 from .base import Discriminator, InpaintingModel, pad_as_hole, shared_hole
 from .spectral import SpectralConv2d
@@ -56,24 +57,38 @@ def _resize(x: Tensor, size: torch.Size) -> Tensor:
 
 
 class _Conv(nn.Conv2d):
-    """Bilinear x2 if asked for, convolution that keeps the size (or halves it, 4x4), LeakyReLU unless told not to."""
+    """Convolution that keeps the size (or halves it, 4x4), LeakyReLU."""
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, up: bool = False, activation: bool = True
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, (kernel - 1) // 2, padding_mode="replicate")
         # The layout of the features, which the weight would otherwise be brought to by every call.
         self.weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last))
-        self.up, self.activation = up, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.up:
-            x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
-        y = super().forward(x)
-        return F.leaky_relu(y, _SLOPE, inplace=True) if self.activation else y
+        if self.kernel_size == (3, 3) and x.device.type == "cpu":
+            # A pyramid of one branch, which there takes fewer products and keeps no padded copy.
+            y = pyramid_conv2d(x, self.weight, self.bias, (1,), padding_mode="replicate", activation="none")
+        else:
+            y = super().forward(x)
+        return F.leaky_relu(y, _SLOPE, inplace=True)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, up={self.up}, activation={self.activation}"
+
+def _up(inputs: int, outputs: int) -> TapConv2d:
+    """Bilinear x2, then 3x3 as `_Conv`."""
+    return TapConv2d(
+        inputs,
+        outputs,
+        3,
+        upsampling="bilinear",
+        padding_mode="replicate",
+        activation="leaky_relu",
+        slope=_SLOPE,
+    )
+
+
+def _thin(inputs: int, outputs: int, kernel: int) -> TapConv2d:
+    """Without activation."""
+    return TapConv2d(inputs, outputs, kernel, padding_mode="replicate")
 
 
 def _encoder(width: int, levels: int) -> list[_Conv]:
@@ -88,10 +103,10 @@ class _Coarse(nn.Sequential):
         super().__init__(
             *_encoder(width, 3),
             *(SPDBlock(4 * width, dilations) for _ in range(6)),
-            _Conv(4 * width, 2 * width, 3, up=True),
-            _Conv(2 * width, width, 3, up=True),
-            _Conv(width, width // 2, 3, up=True),
-            _Conv(width // 2, 3, 7, activation=False),
+            _up(4 * width, 2 * width),
+            _up(2 * width, width),
+            _up(width, width // 2),
+            _thin(width // 2, 3, 7),
         )
 
 
@@ -113,18 +128,18 @@ class _Refinement(nn.Module):
         )
         self.skip32 = nn.Sequential(_Conv(4 * w, 2 * w, 3), SelfAttention2d(2 * w)) if multi else None
         self.skip64 = nn.Sequential(_Conv(2 * w, w, 3), SelfAttention2d(w)) if multi else None
-        self.up32 = _Conv(8 * w, 4 * w, 3, up=True)
+        self.up32 = _up(8 * w, 4 * w)
         self.mix32 = _Conv(6 * w, 4 * w, 3) if multi else None
-        self.up64 = _Conv(4 * w, 2 * w, 3, up=True)
+        self.up64 = _up(4 * w, 2 * w)
         self.mix64 = _Conv(3 * w, 2 * w, 3) if multi else None
-        self.up128 = _Conv(2 * w, w, 3, up=True)
-        self.up256 = _Conv(w, w // 2, 3, up=True)
-        self.out = _Conv(w // 2, 3, 7, activation=False)
+        self.up128 = _up(2 * w, w)
+        self.up256 = _up(w, w // 2)
+        self.out = _thin(w // 2, 3, 7)
         self.low: nn.Sequential | None = None
-        self.alpha: _Conv | None = None
+        self.alpha: TapConv2d | None = None
         if back_projection:
-            self.low = nn.Sequential(_Conv(2 * w, w // 2, 3), _Conv(w // 2, 3, 3, activation=False))
-            self.alpha = _Conv(w // 2, 1, 3, activation=False)
+            self.low = nn.Sequential(_Conv(2 * w, w // 2, 3), _thin(w // 2, 3, 3))
+            self.alpha = _thin(w // 2, 1, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         features = [x]

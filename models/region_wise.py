@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_inpaint.nn import RegionConv2d
+from fused_inpaint.nn import RegionConv2d, TapConv2d
+from fused_inpaint.ops import pyramid_conv2d
 
 from .base import Discriminator, InpaintingModel, pad_as_hole, shared_hole
 from .spectral import SpectralConv2d
@@ -50,19 +51,31 @@ class _Conv(nn.Conv2d):
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, dilation=dilation)
+        # The layout of the features, which the weight would otherwise be brought to by every call.
+        self.weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last))
         self.around = dilation * (kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.elu(super().forward(_pad(x, self.around, "reflect")), inplace=True)
+        if self.kernel_size == (3, 3) and self.stride == (1, 1) and x.device.type == "cpu":
+            # A pyramid of one branch, which there takes fewer products and keeps no padded copy.
+            dilation = self.dilation[:1]
+            y = pyramid_conv2d(x, self.weight, self.bias, dilation, padding_mode="reflect", activation="none")
+        else:
+            y = super().forward(_pad(x, self.around, "reflect"))
+        return F.elu(y, inplace=True)
 
 
-class _UpConv(nn.Conv2d):
-    """Nearest x2, then 3 x 3 as `_Conv`, computed at the low resolution with 4/9 of the products."""
+class _UpConv(TapConv2d):
+    """Nearest x2, then 3 x 3 as `_Conv`; in training at the low resolution with 4/9 of the products."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 3)
+        super().__init__(inputs, outputs, 3, upsampling="nearest", padding_mode="reflect", activation="elu")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        maps = [x] if isinstance(x, Tensor) else x
+        if self.runs_at_input(maps):
+            return super().forward(maps)
+        x = torch.cat(maps, 1)
         # Of the 3 taps of a row two fall on one low-resolution pixel: sums of neighbouring taps are the 4 taps of a
         # transposed convolution of stride 2. What reflects by one after the upsampling replicates before it.
         taps = self.weight.flip(2, 3).transpose(0, 1)  # (C, O, 3, 3)
@@ -70,6 +83,11 @@ class _UpConv(nn.Conv2d):
         folded = 4 * F.avg_pool2d(taps, 2, stride=1, padding=1)  # (C, O, 4, 4)
         y = F.conv_transpose2d(_pad(x, 1, "replicate"), folded, self.bias, stride=2, padding=3)
         return F.elu(y, inplace=True)
+
+
+def _thin(inputs: int, outputs: int) -> TapConv2d:
+    """As `_Conv`, of few channels at the full resolution; takes a concatenation in its parts."""
+    return TapConv2d(inputs, outputs, 3, padding_mode="reflect", activation="elu")
 
 
 def _resize(mask: Tensor, like: Tensor) -> Tensor:
@@ -137,9 +155,9 @@ class SemanticInferring(_Network):
         self.conv13 = self._layer(four, four, upsample=2)
         self.conv14 = self._layer(four, two, upsample=1)
         self.conv15 = self._layer(four, two, upsample=2)
-        self.conv16 = _Conv(four, width)
+        self.conv16 = _thin(four, width)
         self.conv17 = _Conv(width, width // 2)
-        self.conv18 = _Conv(width // 2, 3)
+        self.conv18 = _thin(width // 2, 3)
 
     def _layer(self, channels: int, skip: int, upsample: int) -> nn.Module:
         both = channels + skip
@@ -188,15 +206,15 @@ class GlobalPerceiving(_Network):
         self.conv13 = _UpConv(2 * four, two)
         self.conv14 = _Conv(2 * two, two)
         self.conv15 = _UpConv(2 * two, one)
-        self.conv16 = _Conv(2 * one, one // 2)
-        self.conv17 = _Conv(one // 2, 3)
+        self.conv16 = _thin(2 * one, one // 2)
+        self.conv17 = _thin(one // 2, 3)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x1, x2, x3, x4, h = self.encode(x, mask)
-        h = self.conv13(torch.cat([h, x4], 1))
+        h = self.conv13([h, x4])
         h = self.conv14(torch.cat([h, x3], 1))
-        h = self.conv15(torch.cat([h, x2], 1))
-        return self.conv17(self.conv16(torch.cat([h, x1], 1))).clamp(-1, 1)
+        h = self.conv15([h, x2])
+        return self.conv17(self.conv16([h, x1])).clamp(-1, 1)
 
 
 class RegionWiseNet(nn.Module):

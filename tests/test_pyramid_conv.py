@@ -33,7 +33,7 @@ class Case:
 
 SPD8 = (2, 3, 4, 5, 6, 8, 10, 1)
 # Large enough for Winograd's form on the CPU, with ragged tiles, and channels beside the vectors.
-TILED = Case("tiled", (1, 3), channels=24, outputs=24, size=(25, 23))
+TILED = Case("tiled", (1, 3), channels=80, outputs=80, size=(33, 31))
 CASES = [
     *(Case(mode, padding_mode=mode) for mode in ("reflect", "replicate", "zeros")),
     Case("no_bias", bias=False),
@@ -50,15 +50,17 @@ CASES = [
     Case("beyond_the_map_zeros", (1, 6, 20), "zeros", size=(4, 6)),
     Case("as_far_as_reflects", (1, 6, 5), size=(7, 8)),
     Case("packs", (1, 2), channels=16, outputs=16),
+    # A weight's gradient by products of matrices.
+    Case("few_pixels", (2, 3), "replicate", channels=128, outputs=128, size=(5, 6)),
     Case("empty_batch", batch=0),
     *(
         dataclasses.replace(TILED, name=f"tiled_{mode}", padding_mode=mode)
         for mode in ("reflect", "replicate", "zeros")
     ),
     dataclasses.replace(TILED, name="tiled_and_not", dilations=(2, 25), padding_mode="replicate"),
-    dataclasses.replace(TILED, name="tiled_ragged", channels=27, outputs=29, bias=False, size=(26, 24)),
+    dataclasses.replace(TILED, name="tiled_ragged", channels=83, outputs=85, bias=False, size=(26, 24)),
     dataclasses.replace(TILED, name="tiled_no_activation", activation="none"),
-    Case("tiled_steps", (1,), channels=512, outputs=24, size=(34, 34), batch=1),
+    Case("tiled_steps", (1,), channels=512, outputs=48, size=(34, 34), batch=1),
 ]
 ALL = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

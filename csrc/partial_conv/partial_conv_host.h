@@ -7,6 +7,7 @@
 #include <array>
 #include <initializer_list>
 
+#include "common/convolution.h"
 #include "common/dispatch.h"
 #include "partial_conv/partial_conv.h"
 
@@ -260,7 +261,7 @@ Gradients convolve_backward(const Tensor& grad_sum, const std::optional<Tensor>&
   int64_t first = 0;
   for (size_t i = 0; i < o.x.size(); ++i) {
     const Tensor& grad = o.folded[i] ? *grad_phases : grad_sum;
-    auto [grad_x, grad_w] = aten_convolution_backward(grad, o.x[i], o.weight[i], o.geometry[i], need_x, need_weight);
+    auto [grad_x, grad_w] = convolution_backward(grad, o.x[i], o.weight[i], o.geometry[i], need_x, need_weight);
     if (o.blocks[i]) {
       if constexpr (kMatrixUnits) {
         if (need_weight) unblock_weight_gradient(*grad_w, first, *o.blocks[i], g.weight);

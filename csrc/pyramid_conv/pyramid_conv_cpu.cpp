@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/chunks.h"
+#include "common/convolution.h"
 #include "pyramid_conv/pyramid_winograd_cpu.h"
 
 namespace fused_inpaint::cpu {
@@ -19,8 +20,9 @@ constexpr bool kWinograd = sizeof(T) >= 4;  // a half type would round the trans
 
 // Whether Winograd's form is the quicker one.
 bool suits_winograd(const Pyramid& p, const Tiles& tiles) {
-  // Packing the filters costs as much as some tiles; the transforms, for few channels, more than is saved.
-  return std::min(p.c, p.outputs) >= 24 && 8 * (tiles.count() + 32) < 3 * p.pixels();
+  // The transforms cost as c + outputs, what is saved is as their product. Packing the filters costs as much as 128
+  // tiles.
+  return p.c * p.outputs >= 40 * (p.c + p.outputs) && 8 * (tiles.count() + 128) < 3 * p.pixels();
 }
 
 // What a branch's convolution reads, (n, c, h, w) with padding unless the convolution pads by itself.
@@ -190,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> pyramid_conv2d_backward(Tensor grad, Tensor y
         }
       if (!direct && !need_weight) continue;
       const auto [to_operand, to_filters] =
-          aten_convolution_backward(of_branch, operand(x, p, b), filters, p.convolution(b), direct, need_weight);
+          convolution_backward(of_branch, operand(x, p, b), filters, p.convolution(b), direct, need_weight);
       if (direct) fold<T>(*to_operand, p, mutable_data<acc_t<T>>(sum));
       if (need_weight) {
         Tensor rows = rows_of(grad_weight, p, b);

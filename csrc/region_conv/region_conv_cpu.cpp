@@ -7,6 +7,7 @@
 
 #include "common/exp.h"
 #include "region_conv/region_rows_cpu.h"
+#include "tap_conv/tap_rows_cpu.h"
 
 namespace fused_inpaint::cpu {
 namespace {
@@ -179,6 +180,29 @@ std::array<const T*, 2> pointers(const std::array<Tensor, 2>& maps) {
   return {data<T>(maps[0]), data<T>(maps[1])};
 }
 
+// Whether each input pixel can be multiplied with all taps of its own filter before the taps are shifted: no row is of
+// two regions then. A half type would round what is summed.
+bool by_taps(const Geometry& g, ScalarType dtype) {
+  bool same = dtype == wide(dtype);
+  for (const Side& s : g.side)
+    same = same && s.kernel == g.side[0].kernel && s.kernel % 2 == 1 && s.padding == s.kernel / 2 && s.stride == 1 &&
+           s.dilation == 1;
+  return same;
+}
+
+TapConv as_taps(const Geometry& g, const Tensor& existing, const Tensor& weight) {
+  return {existing.size(0),
+          weight.size(1),
+          existing.size(2),
+          existing.size(3),
+          weight.size(0),
+          g.side[0].kernel,
+          g.side[0].upsample == 2 ? Upsampling::nearest : Upsampling::none,
+          g.side[0].mode,
+          g.elu ? Activation::elu : Activation::none,
+          0.0};
+}
+
 }  // namespace
 
 Tensor region_conv2d_output(Tensor x_, Tensor mask, Tensor weight, std::optional<Tensor> bias, Ints stride,
@@ -271,6 +295,15 @@ Tensor region_conv2d_input(Tensor existing_, Tensor missing_, Tensor mask, Tenso
   Tensor y = empty_channels_last(output_sizes(existing_, outputs, g), existing_.scalar_type(), existing_);
   if (y.numel() == 0) return y;
   const Tensor existing = channels_last(existing_), missing = channels_last(missing_);
+  if (by_taps(g, y.scalar_type())) {
+    const TapConv c = as_taps(g, existing, weight);
+    const auto run = [&]<typename T>() {
+      const auto b = widen<T>(bias, outputs);
+      convolve_taps<T>(c, {{{missing}, valid}, {{existing}, 0}}, &mask, weight, b.data(), y);
+    };
+    y.scalar_type() == ScalarType::Double ? run.template operator()<double>() : run.template operator()<float>();
+    return y;
+  }
   const Side &sy = g.side[0], &sx = g.side[1];
   const Axis rows = windows(sy), columns = windows(sx);
   const Rows sorted(window_regions(mask, rows, columns), y.size(0) * rows.positions * columns.positions);

@@ -8,6 +8,7 @@ from .partial_conv_nd import PartialConv1d, PartialConv3d
 from .pyramid_conv import PyramidConv2d
 from .region_conv import RegionConv2d
 from .region_norm import LearnedRegionNorm2d, RegionNorm2d
+from .tap_conv import TapConv2d
 
 __all__ = [
     "AOTBlock",
@@ -21,5 +22,6 @@ __all__ = [
     "RegionNorm2d",
     "SPDBlock",
     "SelfAttention2d",
+    "TapConv2d",
     "prepack",
 ]

@@ -15,6 +15,7 @@ from .partial_conv import (
 from .pyramid_conv import pyramid_conv2d
 from .region_conv import region_conv2d
 from .region_norm import channel_pool, region_norm
+from .tap_conv import tap_conv2d
 
 __all__ = [
     "BatchNorm",
@@ -30,4 +31,5 @@ __all__ = [
     "pyramid_conv2d",
     "region_conv2d",
     "region_norm",
+    "tap_conv2d",
 ]
