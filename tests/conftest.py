@@ -23,11 +23,13 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under the emulation of the GPU's kernels (tests/cuda_emulation), what is the CPU's own is left out."""
-    if os.environ.get("FUSED_INPAINT_LIBRARY"):
-        for item in items:
-            if item.get_closest_marker("cpu_only"):
-                item.add_marker(pytest.mark.skip(reason="the emulated GPU kernels do not have it"))
+    """What is the CPU's own is left out on a GPU, and under the emulation of its kernels (tests/cuda_emulation)."""
+    for item in items:
+        if item.get_closest_marker("cpu_only"):
+            params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+            name = str(params.get("backend")).partition("_")[0]
+            if os.environ.get("FUSED_INPAINT_LIBRARY") or _backends.DEVICE.get(name) == "cuda":
+                item.add_marker(pytest.mark.skip(reason="the GPU's kernels do not have it"))
 
 
 @pytest.fixture(autouse=True)

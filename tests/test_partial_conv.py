@@ -269,8 +269,7 @@ def test_stride_0_gradient(backend: str, device: torch.device, name: str) -> Non
     """What sum() sends back is one number, expanded.
 
     Of a constant gradient a norm alone leaves what holes make of it: with "train", a gradient 138 times smaller than
-    the terms it is the sum of, so that one rounding of float32 in a term is 8e-6 of it. An activation keeps it from
-    that.
+    the terms it sums, so that one rounding of float32 in a term is 8e-6 of it. An activation keeps it from that.
     """
     s, t = sample(named(name), device=device), sample(named(name), device=device)
     y, _ = s()

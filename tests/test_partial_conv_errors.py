@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import OPERATORS
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import fused_inpaint
 from fused_inpaint import PartialConv2d, PartialUpConv2d, ops
@@ -20,7 +21,7 @@ def refused(sentence: str, call: Callable[[], Any], error: type[Exception] = Val
         call()
 
 
-def conv(**changes: Any) -> Callable[[], Any]:
+def conv(device: torch.device, **changes: Any) -> Callable[[], Any]:
     arguments: dict[str, Any] = {
         "x": torch.zeros(4, 32, 64, 64),
         "mask": torch.ones(4, 1, 64, 64),
@@ -28,7 +29,18 @@ def conv(**changes: Any) -> Callable[[], Any]:
         "bias": torch.zeros(8),
         "padding": 1,
     }
-    return lambda: ops.partial_conv2d(**{**arguments, **changes})
+    arguments = on(device, {**arguments, **changes})
+    return lambda: ops.partial_conv2d(**arguments)
+
+
+def on(device: torch.device, value: Any) -> Any:
+    """Its tensors moved to a device, except those that are on the meta device to be refused."""
+
+    def moved(t: Tensor) -> Tensor:
+        once = t[tuple(slice(None if stride else 1) for stride in t.stride())]  # an expanded tensor stays one
+        return t if t.is_meta else once.to(device).expand(t.shape)
+
+    return tree_map_only(Tensor, moved, value)
 
 
 def norm(channels: int = 8, training: bool = True, running: bool = False) -> ops.BatchNorm:
@@ -144,8 +156,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("changes, sentence", REFUSED.values(), ids=REFUSED)
-def test_arguments(backend: str, changes: dict, sentence: str) -> None:
-    refused(f"partial_conv2d: {sentence}", conv(**changes))
+def test_arguments(backend: str, device: torch.device, changes: dict, sentence: str) -> None:
+    sentence = re.sub(r"\bon cpu\b", f"on {torch.empty(0, device=device).device}", sentence)
+    refused(f"partial_conv2d: {sentence}", conv(device, **changes))
 
 
 @pytest.mark.cpu_only
@@ -154,9 +167,7 @@ def test_arguments(backend: str, changes: dict, sentence: str) -> None:
     [(2, "2", torch.uint8), (255, "255", torch.uint8), (0.5, "0.5", torch.float32), (-1.0, "-1", torch.float32),
      (torch.nan, "nan", torch.float32), (2.0, "2", torch.bfloat16), (0.25, "0.25", torch.float16)],
 )  # fmt: skip
-def test_mask_values(backend: str, device: torch.device, value: float, shown: str, dtype: torch.dtype) -> None:
-    if device.type != "cpu":
-        pytest.skip("mask values are looked at on the CPU only")
+def test_mask_values(backend: str, value: float, shown: str, dtype: torch.dtype) -> None:
     mask = torch.ones(2, 1, 6, 6, dtype=dtype)
     mask[1, 0, 5, 4] = value
     x, weight = torch.zeros(2, 3, 6, 6), torch.zeros(4, 3, 3, 3)
@@ -166,19 +177,23 @@ def test_mask_values(backend: str, device: torch.device, value: float, shown: st
         ops.partial_window(mask, 3, 3)
 
 
-def test_upconv(backend: str) -> None:
-    x, skip = ones(1, 4, 4, 4), ones(1, 2, 8, 8)
-    m, s = ones(1, 1, 4, 4), ones(1, 1, 8, 8)
+def test_upconv(backend: str, device: torch.device) -> None:
+    x, skip = ones(1, 4, 4, 4).to(device), ones(1, 2, 8, 8).to(device)
+    m, s = ones(1, 1, 4, 4).to(device), ones(1, 1, 8, 8).to(device)
+
+    def weight(*size: int) -> Tensor:
+        return ones(*size).to(device)
+
     sentence = "partial_upconv2d: weight must be (O, Cu + Cs, k, k) with k odd, got "
-    refused(f"{sentence}(5, 6, 2, 2)", lambda: ops.partial_upconv2d(x, m, skip, s, ones(5, 6, 2, 2)))
-    refused(f"{sentence}(5, 6, 3, 1)", lambda: ops.partial_upconv2d(x, m, skip, s, ones(5, 6, 3, 1)))
-    refused(f"{sentence}(5, 6, 3)", lambda: ops.partial_upconv2d(x, m, skip, s, ones(5, 6, 3)))
+    refused(f"{sentence}(5, 6, 2, 2)", lambda: ops.partial_upconv2d(x, m, skip, s, weight(5, 6, 2, 2)))
+    refused(f"{sentence}(5, 6, 3, 1)", lambda: ops.partial_upconv2d(x, m, skip, s, weight(5, 6, 3, 1)))
+    refused(f"{sentence}(5, 6, 3)", lambda: ops.partial_upconv2d(x, m, skip, s, weight(5, 6, 3)))
     with pytest.raises(ValueError, match=r"^partial_upconv2d: mask must be \(1, 1, 4, 4\) or .*, got \(1, 1, 8, 8\)$"):
-        ops.partial_upconv2d(x, s, skip, s, ones(5, 6, 3, 3))
+        ops.partial_upconv2d(x, s, skip, s, weight(5, 6, 3, 3))
     with pytest.raises(
         ValueError, match=r"^partial_upconv2d: (skip_)?mask must be \(1, 1, 8, 8\) or .*, got \(1, 1, 4, 4\)$"
     ):
-        ops.partial_upconv2d(x, m, skip, m, ones(5, 6, 3, 3))
+        ops.partial_upconv2d(x, m, skip, m, weight(5, 6, 3, 3))
 
 
 WRONG = {
@@ -194,7 +209,7 @@ WRONG = {
 
 @OPERATORS
 @pytest.mark.parametrize("wrong", WRONG)
-def test_operators_stay_inside_their_memory(backend: str, wrong: str) -> None:
+def test_operators_stay_inside_their_memory(backend: str, device: torch.device, wrong: str) -> None:
     """A direct call of the operator with sizes that do not fit is refused before anything is read."""
     arguments: dict[str, Any] = {
         "sources": [torch.ones(1, 2, 8, 8)],
@@ -207,9 +222,9 @@ def test_operators_stay_inside_their_memory(backend: str, wrong: str) -> None:
     }
     rest = ([1, 1], [1, 1], [1, 1], 1, [0], "none", 0.2, 0, [])
     call = torch.ops.fused_inpaint.partial_conv2d
-    assert call(*arguments.values(), *rest).shape == (1, 4, 8, 8)
+    assert call(*on(device, arguments).values(), *rest).shape == (1, 4, 8, 8)
     with pytest.raises(RuntimeError, match=r"partial_conv2d: .* must "):
-        call(*WRONG[wrong](arguments).values(), *rest)
+        call(*on(device, WRONG[wrong](arguments)).values(), *rest)
 
 
 @pytest.mark.parametrize(
@@ -226,19 +241,20 @@ def test_operators_stay_inside_their_memory(backend: str, wrong: str) -> None:
         ((ones(1, 0, 6, 6), 0, 3), "channels must be 1 or more, got 0"),
     ],
 )
-def test_window_arguments(backend: str, arguments: tuple, sentence: str) -> None:
-    refused(f"partial_window: {sentence}", lambda: ops.partial_window(*arguments))
+def test_window_arguments(backend: str, device: torch.device, arguments: tuple, sentence: str) -> None:
+    refused(f"partial_window: {sentence}", lambda: ops.partial_window(*on(device, arguments)))
 
 
 @pytest.mark.parametrize("size, batch, stride", [(10, 1, 1), (8, 3, 1), (8, 1, 2)], ids=["size", "batch", "stride"])
-def test_window_of_another_call(backend: str, size: int, batch: int, stride: int) -> None:
+def test_window_of_another_call(backend: str, device: torch.device, size: int, batch: int, stride: int) -> None:
     """A window made for other masks or another geometry is refused rather than read out of bounds.
 
     The output is never larger than the window's counts here, so that a failing test does not read out of bounds either.
     """
-    window = ops.partial_window(torch.ones(batch, 1, size, size), 3, 3, padding=1)
+    window = ops.partial_window(torch.ones(batch, 1, size, size, device=device), 3, 3, padding=1)
+    x, weight = on(device, (ones(2, 3, 8, 8), ones(4, 3, 3, 3)))
     with pytest.raises(ValueError, match=r"^partial_conv2d: (window|mask) must be .*, got .*"):
-        ops.partial_conv2d(ones(2, 3, 8, 8), None, ones(4, 3, 3, 3), None, stride, 1, window=window)
+        ops.partial_conv2d(x, None, weight, None, stride, 1, window=window)
 
 
 def test_layers() -> None:

@@ -85,17 +85,17 @@ def test_naoto(backend: str, device: torch.device, case: dict, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("groups, dilation, bias", [(1, 1, True), (2, (2, 1), False)])
-def test_state_is_that_of_conv2d(backend: str, groups: int, dilation: object, bias: bool) -> None:
+def test_state_is_that_of_conv2d(backend: str, device: torch.device, groups: int, dilation: object, bias: bool) -> None:
     """Same parameters, same initial values, same numbers where everything is valid and nothing is padded."""
     arguments = dict(groups=groups, dilation=dilation, bias=bias)
     torch.manual_seed(3)
-    plain = nn.Conv2d(4, 6, 3, **arguments)
+    plain = nn.Conv2d(4, 6, 3, **arguments).to(device)
     torch.manual_seed(3)
-    layer = PartialConv2d(4, 6, 3, **arguments)
+    layer = PartialConv2d(4, 6, 3, **arguments).to(device)
     assert list(layer.state_dict()) == list(plain.state_dict())
     for mine, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    x = torch.randn(2, 4, 9, 9)
+    x = torch.randn(2, 4, 9, 9, device=device)
     assert_close(layer(x), plain(x), 1e-5)
     with torch.no_grad():
         plain.weight.mul_(2)
@@ -112,11 +112,12 @@ def layers() -> list:
 
 
 def arguments(layer: nn.Module) -> list[Tensor]:
+    """On the layer's device."""
     g = torch.Generator().manual_seed(1)
-    x, mask = torch.randn(2, 3, 6, 8, generator=g), (torch.rand(2, 1, 6, 8, generator=g) > 0.5).float()
-    if isinstance(layer, PartialConv2d):
-        return [x, mask]
-    return [x, mask, torch.randn(2, 2, 12, 16, generator=g), torch.ones(1, 1, 12, 16)]
+    given = [torch.randn(2, 3, 6, 8, generator=g), (torch.rand(2, 1, 6, 8, generator=g) > 0.5).float()]
+    if isinstance(layer, PartialUpConv2d):
+        given += [torch.randn(2, 2, 12, 16, generator=g), torch.ones(1, 1, 12, 16)]
+    return [t.to(layer.weight.device) for t in given]
 
 
 def through_torch_save(layer: nn.Module) -> nn.Module:
@@ -134,8 +135,8 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dum
 )
 @pytest.mark.parametrize("method", COPIES)
 @pytest.mark.parametrize("layer", layers())
-def test_copies(backend: str, layer: nn.Module, method: str, prepacked: bool) -> None:
-    layer = fused_inpaint.prepack(copy.deepcopy(layer).eval(), prepacked)
+def test_copies(backend: str, device: torch.device, layer: nn.Module, method: str, prepacked: bool) -> None:
+    layer = fused_inpaint.prepack(copy.deepcopy(layer).to(device).eval(), prepacked)
     with torch.no_grad():
         expected, mask = layer(*arguments(layer))
         copied = COPIES[method](layer)
@@ -201,8 +202,10 @@ def test_prepacked_weights_belong_to_one_tensor() -> None:
 
 @pytest.mark.parametrize("layer", layers())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_conversion(backend: str, layer: nn.Module, dtype: torch.dtype) -> None:
+def test_conversion(backend: str, device: torch.device, layer: nn.Module, dtype: torch.dtype) -> None:
     """layer.to(dtype), with masks in that dtype too."""
+    skip_unsupported(device, dtype)
+    layer = copy.deepcopy(layer).to(device)
     expected, mask = layer(*arguments(layer))
     converted = copy.deepcopy(layer).to(dtype)
     y, mask2 = converted(*[a.to(dtype) for a in arguments(layer)])
@@ -214,7 +217,8 @@ def test_conversion(backend: str, layer: nn.Module, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layer", layers())
-def test_layer_is_its_function(backend: str, layer: nn.Module) -> None:
+def test_layer_is_its_function(backend: str, device: torch.device, layer: nn.Module) -> None:
+    layer = copy.deepcopy(layer).to(device)
     a = arguments(layer)
     y, mask = layer(*a)
     if isinstance(layer, PartialConv2d):

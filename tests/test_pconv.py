@@ -9,6 +9,7 @@ import pytest
 import torch
 import vectors
 from safetensors.torch import save_file
+from test_partial_conv import skip_unsupported
 from torch import Tensor, nn
 
 import fused_inpaint
@@ -19,10 +20,16 @@ def small(levels: int = 3, width: int = 8, **config: Any) -> Any:
     return models.build_model("pconv", levels=levels, width=width, **config)
 
 
-def picture(n: int = 2, height: int = 24, width: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    mask = (torch.rand(n, 1, height, width) > 0.2).to(dtype)
+def picture(
+    n: int = 2,
+    height: int = 24,
+    width: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    mask = (torch.rand(n, 1, height, width) > 0.2).to(device, dtype)
     mask[..., 3:12, 4:9] = 0
-    return torch.rand(n, 3, height, width, dtype=dtype), mask
+    return torch.rand(n, 3, height, width, dtype=dtype).to(device), mask
 
 
 def randomise(net: nn.Module) -> None:
@@ -51,22 +58,26 @@ def test_table_2() -> None:
 @pytest.mark.parametrize("case", vectors.cases("naoto_pconvunet"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_published_port(backend: str, case: dict[str, Any], dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_published_port(
+    backend: str, device: torch.device, case: dict[str, Any], dtype: torch.dtype, layout: torch.memory_format
+) -> None:
     """The port's weights give the port's picture (its masks have one plane per channel) within the stored tolerance."""
+    skip_unsupported(device, dtype)
     network = vectors.meta("naoto_pconvunet")["networks"][case["network"]]
     state = {key: torch.as_tensor(v) for key, v in vectors.state(network, case["set_seed"]).items()}
-    net = models.load_published("pconv", state).to(dtype).net
-    data = vectors.tensors("naoto_pconvunet", case, dtype)
+    net = models.load_published("pconv", state).to(device, dtype).net
+    data = {key: t.to(device) for key, t in vectors.tensors("naoto_pconvunet", case, dtype).items()}
     with torch.no_grad():
         out, out_mask = net(data["input"].contiguous(memory_format=layout), data["mask"])
-    vectors.assert_close(out, data["out"], case, "out")
+    vectors.assert_close(out.cpu(), data["out"].cpu(), case, "out")
     assert torch.equal(out_mask, data["out_mask"])
 
 
 @pytest.mark.parametrize("levels", [5, 6, 7])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_port_family(backend: str, levels: int, train: bool) -> None:
+def test_port_family(backend: str, device: torch.device, levels: int, train: bool) -> None:
     """Every depth and mode of the port equals the layers that people run, loaded from the port's own key names."""
+    skip_unsupported(device, torch.float64)
     naive = baselines.PConvUNet("full_channel", levels=levels, width=4, window_factor=False).double()
     randomise(naive)
     state = {}
@@ -109,7 +120,8 @@ def test_bilinear_upsampling_equals_its_composition() -> None:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_gradients_equal_the_reference(backend: str, train: bool) -> None:
+def test_gradients_equal_the_reference(backend: str, device: torch.device, train: bool) -> None:
+    skip_unsupported(device, torch.float64)
     model = small().double().train(train)
     randomise(model)
     image, mask = picture(dtype=torch.float64)
@@ -128,8 +140,9 @@ def test_gradients_equal_the_reference(backend: str, train: bool) -> None:
     assert found[0][mask.expand_as(image) == 0].abs().max() == 0
 
 
-def test_gradients_that_keep_their_graph(backend: str) -> None:
+def test_gradients_that_keep_their_graph(backend: str, device: torch.device) -> None:
     """With create_graph=True, first and second derivatives of a network whose features feed several layers."""
+    skip_unsupported(device, torch.float64)
     net = small().double().net.train()
     randomise(net)
     image, mask = picture(dtype=torch.float64)
@@ -147,7 +160,8 @@ def test_gradients_that_keep_their_graph(backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * b.abs().max().item())
 
 
-def test_a_weight_used_twice_keeps_its_graph(backend: str) -> None:
+def test_a_weight_used_twice_keeps_its_graph(backend: str, device: torch.device) -> None:
+    skip_unsupported(device, torch.float64)
     layer = PartialConv2d(3, 3, 3, padding=1).double()
     x, mask = torch.rand(1, 3, 8, 8, dtype=torch.float64), (torch.rand(1, 1, 8, 8) > 0.4).double()
     y = layer(torch.tanh(layer(x, mask)), mask).square().sum()
@@ -188,9 +202,9 @@ def test_inpaint_leaves_every_mode_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("size", [(97, 131), (1, 1), (5, 64), (8, 8)])
-def test_any_size(backend: str, size: tuple[int, int]) -> None:
-    model = small().eval()
-    image, mask = torch.rand(1, 3, *size), (torch.rand(1, 1, *size) > 0.3).float()
+def test_any_size(backend: str, device: torch.device, size: tuple[int, int]) -> None:
+    model = small().to(device).eval()
+    image, mask = torch.rand(1, 3, *size, device=device), (torch.rand(1, 1, *size, device=device) > 0.3).float()
     mask[..., 0, 0] = 1
     out = model(image, mask)
     assert out.image.shape == image.shape and out.mask.shape == mask.shape
@@ -210,10 +224,10 @@ def test_padding_is_exact() -> None:
     torch.testing.assert_close(model(image, mask).image, model(canvas, canvas_mask).image[..., 1:22, 1:14])
 
 
-def test_what_lies_under_the_hole_is_never_read(backend: str) -> None:
-    model = small().train()
-    image, mask = picture()
-    poisoned = torch.where(mask.bool(), image, torch.tensor(float("nan")))
+def test_what_lies_under_the_hole_is_never_read(backend: str, device: torch.device) -> None:
+    model = small().to(device).train()
+    image, mask = picture(device=device)
+    poisoned = torch.where(mask.bool(), image, torch.nan)
     clean = copy.deepcopy(model)(image, mask).image
     out = model(poisoned, mask).image
     assert torch.equal(out, clean)
@@ -303,9 +317,9 @@ def test_prepacked_weights_follow_their_source() -> None:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_compiles_without_a_graph_break(backend: str, train: bool) -> None:
-    model = small(levels=2, width=4).train(train)
-    image, mask = picture(2, 13, 10)
+def test_compiles_without_a_graph_break(backend: str, device: torch.device, train: bool) -> None:
+    model = small(levels=2, width=4).to(device).train(train)
+    image, mask = picture(2, 13, 10, device=device)
     expected = copy.deepcopy(model)(image, mask).image
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out = compiled(image, mask).image
@@ -314,9 +328,9 @@ def test_compiles_without_a_graph_break(backend: str, train: bool) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_exports(backend: str) -> None:
-    model = small(levels=2, width=4).eval()
-    image, mask = picture(1, 16, 12)
+def test_exports(backend: str, device: torch.device) -> None:
+    model = small(levels=2, width=4).to(device).eval()
+    image, mask = picture(1, 16, 12, device=device)
     exported = torch.export.export(model, (image, mask)).module()
     torch.testing.assert_close(exported(image, mask).image, model(image, mask).image, rtol=1e-5, atol=1e-5)
 

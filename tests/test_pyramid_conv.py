@@ -258,7 +258,7 @@ def test_layouts(backend: str, device: torch.device, name: str, layout: str) -> 
 @pytest.mark.parametrize("name", ["reflect", "tiled_and_not"])
 def test_the_same_bits_from_run_to_run(backend: str, device: torch.device, name: str) -> None:
     """Whatever the number of threads, but for the vendor's gradient of the weight."""
-    grad = torch.randn(sample(named(name))().shape)
+    grad = torch.randn(sample(named(name), device=device)().shape)
     found = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)

@@ -268,7 +268,7 @@ def test_layouts(backend: str, device: torch.device, name: str, layout: str) -> 
 def test_the_same_bits_from_run_to_run(backend: str, device: torch.device, name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     torch.set_num_threads(2)
-    grad = torch.randn(sample(case)().shape)
+    grad = torch.randn(sample(case, device=device)().shape)
     one, other = (results(sample(case, torch.float32, device), grad) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

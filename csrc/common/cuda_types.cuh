@@ -20,6 +20,11 @@ inline unsigned index32(int64_t n) {
   return static_cast<unsigned>(n);
 }
 
+// a * b, rounded: nvcc would join it with a sum that follows into one operation that doesn't round it. Where equal
+// values must cancel, that leaves the product's rounding error, which a gain of one over a small deviation makes large.
+__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
+
 __device__ inline unsigned global_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ inline unsigned all_threads() { return gridDim.x * blockDim.x; }
 // Of a grid by pixel_blocks.

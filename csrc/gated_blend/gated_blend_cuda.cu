@@ -117,7 +117,7 @@ __global__ void gate_sums_kernel(const T* grad, const T* x, const T* f, const T*
       for (int i = 0; i < V; ++i) {
         const A apart = load(v.v[i]) - columns.centre.v[i];
         const Gate<A> g = columns.gate(apart, i);
-        const A p = load(d.v[i]) * (load(b.v[i]) - load(a.v[i])) * (g.open * g.shut);
+        const A p = product(A(load(d.v[i]) * (load(b.v[i]) - load(a.v[i]))), g.open * g.shut);
         s.sum.v[i] += p;
         s.dot.v[i] += p * apart;
       }
@@ -182,7 +182,7 @@ __global__ void gate_gradient_kernel(const T* grad, const T* x, const T* f, cons
       const Pack<T, V> a = load_pack<V>(x + at), b = load_pack<V>(f + at);
       Pack<T, V> to_gate;
       for (int i = 0; i < V; ++i) {
-        const A p = load(d.v[i]) * (load(b.v[i]) - load(a.v[i])) * slope.v[i];
+        const A p = product(A(load(d.v[i]) * (load(b.v[i]) - load(a.v[i]))), slope.v[i]);
         const A slanted = (load(v.v[i]) - columns.centre.v[i]) * slant.v[i];
         store(&to_gate.v[i], (p - pull.v[i] - slanted) * columns.gain.v[i]);
       }

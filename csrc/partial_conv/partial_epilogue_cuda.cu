@@ -227,7 +227,7 @@ __global__ void moments_kernel(T* conv, bool from_conv, const T* phases, PhaseMa
       }
       const A ratio = out.ratio(pixel);
       if (ratio != 0)
-        for (int k = 0; k < V; ++k) sum.v[k] += load(values.v[k]) * ratio;
+        for (int k = 0; k < V; ++k) sum.v[k] += product(A(load(values.v[k])), ratio);
     }
   const A* sums = sum_rows<V>(sum, scratch);
   Sums mean;
@@ -241,7 +241,7 @@ __global__ void moments_kernel(T* conv, bool from_conv, const T* phases, PhaseMa
       Pack<T, V> values{};
       if (ratio != 0) values = load_pack<V>(conv + pixel * out.c + c);
       for (int k = 0; k < V; ++k) {
-        const A d = (ratio != 0 ? load(values.v[k]) * ratio : A(0)) - mean.v[k];
+        const A d = (ratio != 0 ? product(A(load(values.v[k])), ratio) : A(0)) - mean.v[k];
         rest.v[k] += d;
         squares.v[k] += d * d;
       }
@@ -330,7 +330,7 @@ __global__ void batch_norm_kernel(const T* conv, Map<acc_t<T>> out, const acc_t<
         Pack<T, V> result{};
         if (some.ratio[j] != 0)
           for (int k = 0; k < V; ++k) {
-            const A a = (load(v[j].v[k]) * some.ratio[j] - centre.v[k]) * gain.v[k] + offset.v[k];
+            const A a = (product(A(load(v[j].v[k])), some.ratio[j]) - centre.v[k]) * gain.v[k] + offset.v[k];
             store(&result.v[k], activate<kind>(a, out.slope));
           }
         if (some.pixel[j] < out.pixels) store_pack<V>(y + some.pixel[j] * out.c + c, result);
@@ -376,7 +376,7 @@ __global__ void norm_sums_kernel(const T* grad, const T* conv, Chunks chunks, Ma
       if (ratio == 0) continue;
       const Pack<T, V> v = load_pack<V>(conv + pixel * out.c + c), d = load_pack<V>(grad + pixel * out.c + c);
       for (int k = 0; k < V; ++k) {
-        const A x_hat = norm.x_hat(load(v.v[k]) * ratio, k);
+        const A x_hat = norm.x_hat(product(A(load(v.v[k])), ratio), k);
         const A g = norm.template before<kind>(load(d.v[k]), x_hat, k, out.slope);
         sum.v[k] += g;
         dot.v[k] += g * x_hat;
@@ -413,7 +413,7 @@ __global__ void norm_gradient_kernel(const T* grad, const T* conv, Map<acc_t<T>>
         Pack<T, V> result{};
         if (ratio != 0)
           for (int k = 0; k < V; ++k) {
-            const A x_hat = norm.x_hat(load(v[j].v[k]) * ratio, k);
+            const A x_hat = norm.x_hat(product(A(load(v[j].v[k])), ratio), k);
             const A g = norm.template before<kind>(load(d[j].v[k]), x_hat, k, out.slope);
             store(&result.v[k],
                   (g - mean_grad.v[k] - x_hat * mean_dot.v[k]) * norm.inverse.v[k] * norm.weight.v[k] * ratio);

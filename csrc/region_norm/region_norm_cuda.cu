@@ -137,7 +137,7 @@ __global__ void gradient_kernel(const T* grad, const T* x, Map<acc_t<T>> map, Ch
       Pack<T, V> result;
       for (int i = 0; i < V; ++i) {
         const A apart = seen.apart(load(v.v[i]), i);
-        const A g = map.before(load(d.v[i]), seen.normalized(apart, i) * scale + shift) * scale;
+        const A g = product(map.before(load(d.v[i]), seen.normalized(apart, i) * scale + shift), scale);
         const A slanted = apart * seen.columns[kSlant].v[i];
         store(&result.v[i], (g - seen.columns[kPull].v[i] - slanted) * seen.columns[kGain].v[i]);
       }
@@ -241,8 +241,8 @@ __global__ void sums_kernel(const T* grad, const T* x, Map<acc_t<T>> map, Chunks
           scale_sum += g * u;
           shift_sum += g;
         }
-        here.sum.v[i] = g * scale;
-        here.dot.v[i] = g * scale * apart;
+        here.sum.v[i] = product(g, scale);
+        here.dot.v[i] = here.sum.v[i] * apart;
       }
       for (int r = 0; r < 2; ++r)
         for (int i = 0; i < V; ++i)
