@@ -18,12 +18,13 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.+' '_')
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cuda_emulation/*.h tests/cuda_emulation/*.cu)
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench docs lint format clean
 
 help:
 	@echo 'make demo    fit one network twice, on naive PyTorch and on the fused ops, and compare'
 	@echo 'make test    run the test suite'
 	@echo 'make bench   run the benchmarks'
+	@echo 'make docs    build the site into build/docs'
 	@echo 'make lint    check formatting, style and types'
 	@echo 'make format  format Python and C++'
 	@echo 'make clean   remove the virtual environment and everything built'
@@ -36,6 +37,10 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only -q
+
+# -E: a page that did not change must show its warnings again.
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -E -q -W --keep-going -c docs . build/docs
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -70,7 +75,8 @@ $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES)
 # The package is there already, so this adds the requirements of its extras without compiling it again.
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.test: EXTRAS := $(TEST_EXTRAS)
+$(VENV)/.docs: EXTRAS := docs
 $(VENV)/.lint: EXTRAS := lint
-$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.installed
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install -q 'fused-inpaint[$(EXTRAS)]'
 	@touch $@

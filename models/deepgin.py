@@ -292,7 +292,7 @@ class MultiScaleDiscriminator(nn.Module):
 
     x (N, 6, H, W) is (masked image, image), the masked one white in holes; both in [0, 1]. Each scale, halved by a 3x3
     average of the pixels there are, has 4x4 convolutions, zero-padded by 2, with spectral norm: 64 stride 2, 128 stride
-    2, 256, 256*, LeakyReLU(0.2) after all but *; a map is (N, 256, H / 4 + 3, W / 4 + 3).
+    2, 256, 256, LeakyReLU(0.2) after all but the last; a map is (N, 256, H / 4 + 3, W / 4 + 3).
 
     As in the published code each forward takes a step of the spectral norm's power method, in eval mode too.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import convert, demo, evaluate, info, inpaint, masks, train, upscale, web
+from . import bench, convert, demo, evaluate, info, inpaint, masks, train, upscale, web
 from ._common import UserError
 
 
@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     about = "Image inpainting on fused partial-convolution kernels."
     root = argparse.ArgumentParser(prog="fused-inpaint", description=about)
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (info, demo, inpaint, convert, masks, train, evaluate, upscale, web):
+    for verb in (info, demo, inpaint, web, convert, masks, train, evaluate, upscale, bench):
         verb.add(verbs)
     return root
 

@@ -68,7 +68,7 @@ def generator_soft_mask(fake: Tensor, mask: Tensor) -> Tensor:
 
 
 def discriminator_region_wise(real: Tensor, fakes: Sequence[Tensor], mask: Tensor, alpha: float = 0.01) -> Tensor:
-    """alpha |M' - real| + sum of |fake|, added over everything, with M' = 1 where the scores' patch is a hole.
+    """`alpha |M' - real| + sum |fake|`, added over everything, with M' = 1 where the scores' patch is a hole.
 
     Ma et al. 2022, eq. 6, whose plain differences are absolute values in the published code.
 
@@ -85,7 +85,7 @@ def discriminator_region_wise(real: Tensor, fakes: Sequence[Tensor], mask: Tenso
 
 
 def generator_region_wise(fakes: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """|M' - fake|, added over everything: what the generator fills in is to count as real."""
+    """`|M' - fake|`, added over everything: what the generator fills in is to count as real."""
     return _scales(fakes, lambda s: (_holes(mask, s) - s).abs().sum())
 
 

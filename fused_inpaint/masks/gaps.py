@@ -21,8 +21,8 @@ def from_nan(array: Array) -> Array:
         array: (H, W), (C, H, W) or (N, C, H, W), floating point; of NumPy, or a tensor on any device.
 
     Returns:
-        uint8, of the array's shape and library, on its device. `mask.amin(-3, keepdim=True)` (NumPy: `mask.min(-3,
-        keepdims=True)`) is the one plane that the networks take: valid where all channels are.
+        uint8, of the array's shape and library, on its device. `mask.amin(-3, keepdim=True)`, in NumPy
+        `mask.min(-3, keepdims=True)`, is the one plane that the networks take: valid where all channels are.
 
     Raises:
         ValueError: another number of dimensions, or another kind of dtype, which has no NaN.

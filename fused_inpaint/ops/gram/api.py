@@ -35,7 +35,7 @@ def gram_l1(a: Tensor, b: Tensor, *, over: str = "channels", normalise: float = 
         y (N,) float32, or float64 of float64.
 
     Dtypes: float32, float64 (CPU), float16, bfloat16. Products, sums and the gradient's products are in float32,
-    under autocast, too; tiles are joined in float64. The gradient of |0| is 0.
+    under autocast, too; tiles are joined in float64. The gradient of `|0|` is 0.
 
     Raises:
         ValueError: an argument of wrong rank, size, dtype or device.

@@ -113,7 +113,7 @@ def partial_upconv2d(
         activation, slope, batch_norm, window, fold: as in `partial_conv2d`.
 
     Returns:
-        y (N, O, 2H, 2W) and the new mask (N or 1, 1, 2H, 2W). Dtypes and errors: as in `partial_conv2d`.
+        y (N, O, 2H, 2W) and the new mask (N or 1, 1, 2H, 2W); dtypes and errors are those of `partial_conv2d`.
 
     >>> import torch
     >>> from fused_inpaint import ops
