@@ -9,7 +9,7 @@ import torch
 from cases import KERNELS
 from hypothesis import settings
 
-from fused_inpaint import _backends, use_backend
+from fused_inpaint import _backends, _extension, use_backend
 from fused_inpaint.ops.partial_conv import routes
 
 # The vendor's float32 would be TF32 on a GPU, which is not what the tolerances are for.
@@ -24,7 +24,7 @@ settings.load_profile("suite")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under the emulation of the GPU's kernels (tests/cuda_emulation), what is the CPU's own is left out."""
-    if os.environ.get("FUSED_INPAINT_LIBRARY"):
+    if _extension.emulated():
         for item in items:
             if item.get_closest_marker("cpu_only"):
                 item.add_marker(pytest.mark.skip(reason="the emulated GPU kernels do not have it"))
