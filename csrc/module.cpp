@@ -28,10 +28,16 @@
 #define FUSED_INPAINT_WITH_CUDA "false"
 #endif
 
+#ifdef FUSED_INPAINT_EMULATE
+#define FUSED_INPAINT_EMULATED "true"
+#else
+#define FUSED_INPAINT_EMULATED "false"
+#endif
+
 static const char facts[] =
     "{\"torch\": \"" TORCH_VERSION "\", \"torch_target\": \"" FUSED_INPAINT_TEXT(TORCH_TARGET_VERSION) "\", "
     "\"compiler\": \"" __VERSION__ "\", \"cplusplus\": \"" FUSED_INPAINT_TEXT(__cplusplus) "\", "
-    "\"openmp\": " FUSED_INPAINT_OPENMP ", \"cuda\": " FUSED_INPAINT_WITH_CUDA "}";
+    "\"openmp\": " FUSED_INPAINT_OPENMP ", \"cuda\": " FUSED_INPAINT_WITH_CUDA ", \"emulated\": " FUSED_INPAINT_EMULATED "}";
 
 extern "C" __attribute__((visibility("default"))) const char* fused_inpaint_build_facts() { return facts; }
 

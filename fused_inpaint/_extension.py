@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 MIN_TORCH = (2, 10)
-# A library to load in place of the one that setup.py built: the tests' emulation of the GPU kernels.
+# A library to load in place of the one that setup.py built: the tests' sanitized one, or their emulation of a GPU's.
 LIBRARY = "FUSED_INPAINT_LIBRARY"
 REBUILD = "pip install -e . --no-build-isolation"
 _PACKAGE = Path(__file__).parent
@@ -34,14 +34,14 @@ def native_error() -> str | None:
 def without_cuda() -> str:
     """Why the library holds no CUDA kernels; empty if it does."""
     recorded = _recorded()
-    if recorded["kind"] in ("cuda", "emulated"):
+    if recorded["kind"] == "cuda" or emulated():
         return ""
     return f"the extension was built without CUDA: {recorded['reason']}"
 
 
 def emulated() -> bool:
     """True if the library holds the GPU's kernels compiled for the CPU (tests/cuda_emulation)."""
-    return bool(os.environ.get(LIBRARY))
+    return bool(_attempt()[1].get("emulated"))
 
 
 def build_info() -> dict[str, Any]:
@@ -52,7 +52,8 @@ def build_info() -> dict[str, Any]:
 
 def _recorded() -> dict[str, Any]:
     if library := os.environ.get(LIBRARY):
-        return {"kind": "emulated", "reason": "", "torch": str(torch.__version__), "library": library}
+        reason = f"{LIBRARY} names another library"
+        return {"kind": "replaced", "reason": reason, "torch": str(torch.__version__), "library": library}
     try:
         facts = dict(json.loads((_PACKAGE / "_build.json").read_text()))
         missing = {"kind", "reason", "torch", "library"} - facts.keys()

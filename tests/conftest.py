@@ -9,7 +9,7 @@ import torch
 from cases import KERNELS
 from hypothesis import settings
 
-from fused_inpaint import _backends, use_backend
+from fused_inpaint import _backends, _extension, use_backend
 from fused_inpaint.ops.partial_conv import routes
 
 # The vendor's float32 would be TF32 on a GPU, which is not what the tolerances are for.
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("cpu_only"):
             params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
             name = str(params.get("backend")).partition("_")[0]
-            if os.environ.get("FUSED_INPAINT_LIBRARY") or _backends.DEVICE.get(name) == "cuda":
+            if _extension.emulated() or _backends.DEVICE.get(name) == "cuda":
                 item.add_marker(pytest.mark.skip(reason="the GPU's kernels do not have it"))
 
 

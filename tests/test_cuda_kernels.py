@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's CUDA C++ without a GPU: run on the CPU under the whole op suite, and compiled by nvcc."""
+"""The project's CUDA C++ without a GPU: run on the CPU under the whole op suite, and compiled by nvcc. With sanitizers,
+the CPU's kernels, too."""
 
 import re
 import shutil
@@ -57,6 +58,17 @@ def test_sanitized_kernels() -> None:
     run_suite(
         build.build(KERNELS, sanitize=True),
         [*VALUES, "-k", "cuda and not cuda_vendor and float32 and (test_reference or gpu_ops)"],
+        sanitize=True,
+        reverse=False,
+    )
+
+
+@pytest.mark.skipif(bool(build.missing(cuda=False)), reason=build.missing(cuda=False) or "available")
+def test_sanitized_cpu_kernels() -> None:
+    """The same of the CPU's own kernels, also on random arguments."""
+    run_suite(
+        build.build(sorted((build.ROOT / "csrc").glob("*/*_cpu.cpp")), sanitize=True),
+        [*VALUES, "tests/test_hardening.py", "-k", "any_arguments or (cpu and float32 and test_reference)"],
         sanitize=True,
         reverse=False,
     )

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each example runs, at toy size, and says what it promises."""
 
+import contextlib
 import importlib.util
+import io
 import math
+import re
+import shutil
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from PIL import Image
+
+from fused_inpaint import _extension
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +32,7 @@ def test_every_example_is_listed_and_tested():
     names = {path.stem for path in FOLDER.glob("*.py")}
     listed = (FOLDER / "README.md").read_text()
     assert {name for name in names if f"({name}.py)" in listed} == names
-    assert names == {"drop_in", "gridded_field", "own_photos", "serving", "own_loop"}
+    assert names == {"drop_in", "gridded_field", "own_photos", "serving", "own_loop", "export"}
 
 
 def test_drop_in(capsys):
@@ -61,8 +68,45 @@ def test_serving(capsys, backend):
     assert difference <= 1e-5
 
 
-@pytest.mark.parametrize("amp", [[], ["--amp"]])
-def test_own_loop(capsys, amp):
-    example("own_loop").main(["--steps", "2", "--side", "48", "--batch", "1", *amp])
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of one run of the example, and what it said."""
+    if shutil.which("g++") is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    folder, said = tmp_path_factory.mktemp("exported"), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        example("export").main(["--side", "32", "--out", str(folder)])
+    return folder, said.getvalue()
+
+
+EXPORTERS = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # the exporter's own
+
+
+@EXPORTERS
+def test_export_for_aotinductor(exported):
+    folder, said = exported
+    assert (folder / "network.pt2").is_file()
+    assert float(re.search(r"network.pt2: differs from the network by (\S+)", said)[1]) <= 1e-5
+    with zipfile.ZipFile(folder / "network.pt2") as package:
+        text = b"".join(package.read(name) for name in package.namelist() if name.endswith(".json"))
+    calls_ours = b"fused_inpaint::partial_conv2d" in text
+    assert calls_ours == (_extension.native_error() is None), "the fused ops are called where there are any"
+
+
+@EXPORTERS
+def test_export_for_onnx(exported):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (fused-inpaint[onnx])")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(exported[0] / "network.onnx", providers=["CPUExecutionProvider"])
+    assert [value.shape for value in session.get_inputs()] == [[1, 3, 32, 32], [1, 1, 32, 32]]
+
+
+@pytest.mark.parametrize("how", [[], ["--amp"], ["--fabric"], ["--fabric", "--amp"]], ids=" ".join)
+def test_own_loop(capsys, how):
+    if "--fabric" in how:
+        pytest.importorskip("lightning_fabric", reason="lightning-fabric is not installed")
+    example("own_loop").main(["--steps", "2", "--side", "48", "--batch", "1", *how])
     said = capsys.readouterr().out
     assert "step 2: l1" in said and "nan" not in said

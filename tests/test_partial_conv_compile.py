@@ -38,7 +38,7 @@ def forward_arguments(s: Sample) -> tuple[Any, tuple]:
     scale = None
     if s.norm is not None:
         scale = s.norm.weight.detach()
-    return op.partial_conv2d, (s.x, masks, window.counts, s.weight, s.bias, scale, *geometry(c), *epilogue, [])
+    return op.partial_conv2d, (s.x, masks, window.counts, s.weight, s.bias, scale, *geometry(c), *epilogue, None)
 
 
 @pytest.fixture(autouse=True)

@@ -220,7 +220,7 @@ def test_operators_stay_inside_their_memory(backend: str, device: torch.device, 
         "scale": None,
         "upsample": [1],
     }
-    rest = ([1, 1], [1, 1], [1, 1], 1, [0], "none", 0.2, 0, [])
+    rest = ([1, 1], [1, 1], [1, 1], 1, [0], "none", 0.2, 0, None)
     call = torch.ops.fused_inpaint.partial_conv2d
     assert call(*on(device, arguments).values(), *rest).shape == (1, 4, 8, 8)
     with pytest.raises(RuntimeError, match=r"partial_conv2d: .* must "):

@@ -312,7 +312,7 @@ std::optional<Tensor> empty_phases(const Operands& o, const Tensor& source, cons
 Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count, Tensor weight,
                       std::optional<Tensor> bias, std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding,
                       Ints dilation, int64_t groups, Ints zeroed, std::string activation, double slope,
-                      int64_t fold_from, std::vector<Tensor> packed) {
+                      int64_t fold_from, std::optional<std::vector<Tensor>> packed_weights) {
   const DeviceGuard guard(weight);
   const int64_t outputs = weight.size(0);
   const auto size = checked_output_size(sources, masks, count, weight, upsample, groups, zeroed);
@@ -320,6 +320,8 @@ Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Te
   if (elements(size) == 0) return empty_channels_last(size, dtype, sources[0]);
   check_channels({bias ? &*bias : nullptr, scale ? &*scale : nullptr}, outputs);
   const bool fold = folds(sources, upsample, weight, fold_from);
+  // Optional, since AOTInductor hands an empty list over as None.
+  const std::vector<Tensor> packed = packed_weights.value_or(std::vector<Tensor>{});
   const Operands o =
       prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, zeroed, fold, packed);
   const Numerator numerator = convolve(o, !packed.empty());

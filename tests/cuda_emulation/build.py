@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the project's CUDA C++ with a C++ compiler, and runs tests on the result.
+"""Compiles the project's CUDA C++ with a C++ compiler, or the CPU's own kernels, and runs tests on the result.
 
-python tests/cuda_emulation/build.py [--sanitize] [--reverse] [-- pytest arguments]
+python tests/cuda_emulation/build.py [--cpu] [--sanitize] [--reverse] [-- pytest arguments]
 """
 
 import argparse
@@ -55,15 +55,15 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
-def missing() -> str:
-    """Why nothing can be emulated here; empty if it can."""
+def missing(cuda: bool = True) -> str:
+    """Why nothing can be emulated here, or with `cuda=False` sanitized; empty if it can."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
-        return f"the emulation needs Linux on x86_64, and this is {sys.platform} on {platform.machine()}"
+        return f"this needs Linux on x86_64, and this is {sys.platform} on {platform.machine()}"
     if shutil.which(compiler()[0]) is None:
         return f"{compiler()[0]} is not on PATH"
     if "Free Software Foundation" not in _version():
         return f"{compiler()[0]} is not GCC"
-    return "" if toolkit() else "no CUDA toolkit with cuda_bf16.h was found"
+    return "" if toolkit() or not cuda else "no CUDA toolkit with cuda_bf16.h was found"
 
 
 @functools.cache
@@ -71,16 +71,16 @@ def _version() -> str:
     return subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _flags(sanitize: bool) -> list[str]:
+def _flags(sanitize: bool, cuda: bool) -> list[str]:
     major, minor = _extension.MIN_TORCH
     numerics = ["-fno-math-errno", "-fno-trapping-math"]
-    defines = ["-DFUSED_INPAINT_EMULATE", "-DFUSED_INPAINT_CUDA_KEY=CPU"]
+    emulation = ["-DFUSED_INPAINT_EMULATE", "-DFUSED_INPAINT_CUDA_KEY=CPU", "-include", str(HERE / "cuda_emulation.h")]
     return [
         *(SANITIZE if sanitize else ["-O2", "-g0"]),
         *["-std=c++20", "-fPIC", *numerics, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"],
-        *[*defines, f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000", f"-I{ROOT / 'csrc'}"],
-        *[f"-isystem{folder}" for folder in (*include_paths(), *toolkit())],
-        *["-include", str(HERE / "cuda_emulation.h")],
+        *[f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000", f"-I{ROOT / 'csrc'}"],
+        *[f"-isystem{folder}" for folder in (*include_paths(), *(toolkit() if cuda else ()))],
+        *(emulation if cuda else ["-fopenmp"]),
     ]
 
 
@@ -96,10 +96,12 @@ def _run(command: list[str], out: Path) -> None:
 
 
 def build(sources: Iterable[Path], out: Path = FOLDER, sanitize: bool = False) -> Path:
-    """The shared library of `sources` and csrc/module.cpp, in the folder `out`, which is a cache by content."""
+    """The shared library of `sources`, all CUDA or none, and csrc/module.cpp; `out` is a cache by content."""
+    sources = list(sources)
+    flags = _flags(sanitize, cuda=any(source.suffix == ".cu" for source in sources))
     out.mkdir(parents=True, exist_ok=True)
     headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.h")]
-    common = hashlib.sha256(repr((_version(), torch.__version__, _flags(sanitize))).encode())
+    common = hashlib.sha256(repr((_version(), torch.__version__, flags)).encode())
     for header in sorted(headers):
         common.update(header.read_bytes())
 
@@ -108,17 +110,17 @@ def build(sources: Iterable[Path], out: Path = FOLDER, sanitize: bool = False) -
         key.update(source.read_bytes())
         target = out / f"{source.stem}-{key.hexdigest()[:16]}.o"
         if not target.exists():
-            _run([*compiler(), *_flags(sanitize), "-x", "c++", "-c", str(source)], target)
+            _run([*compiler(), *flags, "-x", "c++", "-c", str(source)], target)
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compiled, [ROOT / "csrc" / "module.cpp", *sources]))
     name = hashlib.sha256(" ".join(sorted(o.name for o in objects)).encode()).hexdigest()[:16]
-    library = out / f"emulated-{name}{'-sanitized' if sanitize else ''}.so"
+    library = out / f"kernels-{name}{'-sanitized' if sanitize else ''}.so"
     if not library.exists():
         libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lstdc++", "-ltorch", "-ltorch_cpu", "-lc10"]
-        flags = [*(SANITIZE if sanitize else []), "-shared", "-Wl,--as-needed"]
-        _run([*compiler(), *flags, *map(str, objects), *libraries], library)
+        linking = [*(SANITIZE if sanitize else []), "-shared", "-Wl,--as-needed"]
+        _run([*compiler(), *linking, *map(str, objects), *libraries], library)
     return library
 
 
@@ -138,13 +140,16 @@ def environment(library: Path, sanitize: bool = False, reverse: bool = False) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="the CPU's own kernels, nothing emulated")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
     parser.add_argument("--reverse", action="store_true", help="threads and blocks in the opposite order")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest")
     arguments = parser.parse_args()
-    if reason := missing():
+    if reason := missing(cuda=not arguments.cpu):
         raise SystemExit(f"cuda_emulation: {reason}")
-    library = build(sorted((ROOT / "csrc").glob("*/*_cuda.cu")), sanitize=arguments.sanitize)
+    library = build(
+        sorted((ROOT / "csrc").glob("*/*_cpu.cpp" if arguments.cpu else "*/*_cuda.cu")), sanitize=arguments.sanitize
+    )
     print(library, flush=True)
     command = [sys.executable, "-c", PYTEST, *arguments.pytest]
     env = environment(library, arguments.sanitize, arguments.reverse)

@@ -113,7 +113,7 @@ def _with_constants(
     arguments = (sources, masks, window.counts, weight, bias, scale, *geometry, *epilogue[:2])
     if kernel == "reference":
         return reference.partial_conv2d(*arguments), window.mask
-    return ops.partial_conv2d(*arguments, fold_from, list(packed.weights) if packed else []), window.mask
+    return ops.partial_conv2d(*arguments, fold_from, list(packed.weights) if packed else None), window.mask
 
 
 def _triton(

@@ -118,7 +118,7 @@ def _conv_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_sources, grad_weight, grad_bias = gradients(ctx, grad, *ctx.needs_input_grad[3:6])
     n = ctx.n
-    return grad_sources, [None] * n, None, grad_weight, grad_bias, *[None] * (len(ctx.geometry) + 1), []
+    return grad_sources, [None] * n, None, grad_weight, grad_bias, *[None] * (len(ctx.geometry) + 2)
 
 
 def gradients(ctx: Any, grad: Tensor, need_weight: bool, need_bias: bool, need_scale: bool) -> tuple[Any, Any, Any]:
@@ -224,7 +224,7 @@ define(
 define("partial_window_chain(Tensor[] masks, int[] steps) -> (Tensor[], Tensor[])", _window_chain_fake)
 define(
     "partial_conv2d(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor? bias, Tensor? scale, "
-    f"{_GEOMETRY}, {_EPILOGUE}, Tensor[] packed) -> Tensor",
+    f"{_GEOMETRY}, {_EPILOGUE}, Tensor[]? packed) -> Tensor",
     _conv_fake,
     _conv_backward,
     _conv_setup,
