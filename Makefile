@@ -18,11 +18,12 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.+' '_')
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/cuda_emulation/*.h tests/cuda_emulation/*.cu)
 
-.PHONY: help demo test bench docs lint format clean
+.PHONY: help demo test coverage bench docs lint format clean
 
 help:
 	@echo 'make demo    fit one network twice, on naive PyTorch and on the fused ops, and compare'
 	@echo 'make test    run the test suite'
+	@echo 'make coverage  the same, with the lines and branches of the package that no test reached'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make docs    build the site into build/docs'
 	@echo 'make lint    check formatting, style and types'
@@ -34,6 +35,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q $(TESTS)
+
+coverage: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -q --cov --cov-report=term-missing:skip-covered $(TESTS)
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only -q
