@@ -64,15 +64,21 @@ print(";".join(f"{major}.{minor}" for major, minor in sorted(found)))'
   logged 60 info "$python" -m fused_inpaint info
 }
 
-# What has a GPU's backend in its name, or is a GPU's own. Emulation, Triton's interpreter, its compilation for other GPUs
-# and packaging are tested where there is no GPU. What other libraries warn of is printed and ends no test.
+# Of the files whose tests take a device, what has a GPU's backend in its name, or is a GPU's own. Emulation, Triton's
+# interpreter, its compilation for other GPUs and packaging are tested where there is no GPU. Operators are checked once:
+# not again for the second route of the partial convolution, which is the same operator, nor without gradients, nor the
+# CUDA ones under Triton's name. What other libraries warn of is printed and ends no test.
 run_tests() {
-  local options=(-q -p no:cacheprovider --durations=15 -W default -k "cuda or triton or gpu or nccl")
-  options+=(--ignore=tests/test_cuda_emulation.py --ignore=tests/test_cuda_kernels.py --ignore=tests/test_packaging.py)
-  options+=(--ignore-glob='tests/test_*_triton.py' --ignore=tests/test_gpu_script.py)
-  if "$python" -c 'import xdist' 2>/dev/null; then options+=(-n 8 --dist worksteal); fi
+  local files selected="cuda or triton or gpu or nccl"
+  mapfile -t files < <(grep -lE 'device: (torch\.device|str)\b|NCCL' tests/test_*.py)
+  selected="($selected) and not (cuda_vendor and (region or gated or pyramid or gram or opcheck or compile or export))"
+  selected+=" and not (opcheck and (no_grad or triton and partial_conv_compile and not opcheck_triton))"
+  local options=(-q -p no:cacheprovider --durations=15 -W default -k "$selected")
+  # Most of the time goes into compilers, Inductor's pools of which would only wait for each other.
+  export TORCHINDUCTOR_COMPILE_THREADS=1
+  if "$python" -c 'import xdist' 2>/dev/null; then options+=(-n "$(((3 * $(nproc) + 3) / 4))" --dist worksteal); fi
   if [[ -n $out ]]; then options+=(--junitxml="$out/test.xml"); fi
-  logged 560 test "$python" -m pytest "${options[@]}" tests
+  logged 560 test "$python" -m pytest "${options[@]}" "${files[@]}"
 }
 
 # memcheck sees a tensor's bounds only where each tensor is an allocation of its own. racecheck looks at the project's

@@ -71,6 +71,13 @@ def backend(request: pytest.FixtureRequest, poisoned: None, monkeypatch: pytest.
 
 
 @pytest.fixture
+def traceable(backend: str) -> None:
+    """For networks that pad by replication: torch's deterministic form of that on a GPU imports a module, which dynamo
+    does not trace."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def device(backend: str) -> torch.device:
     """Where the backend's tensors live."""
     return torch.device(_backends.DEVICE[backend])

@@ -263,7 +263,9 @@ def test_gradients_equal_the_reference(backend: str, device: torch.device) -> No
 @pytest.mark.parametrize(
     ("config", "train"), [({}, True), ({"coarse_only": True}, False)], ids=["train", "coarse-eval"]
 )
-def test_compiles_without_a_graph_break(backend: str, device: torch.device, config: Any, train: bool) -> None:
+def test_compiles_without_a_graph_break(
+    backend: str, device: torch.device, traceable: None, config: Any, train: bool
+) -> None:
     model = small(**config).to(device).train(train)
     image, mask = (t.to(device) for t in picture(1, 19, 32))
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
