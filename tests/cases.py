@@ -203,7 +203,7 @@ def mask_of(kind: str, size: tuple[int, int, int, int], generator: torch.Generat
 
 def leave_out_refused(sources: int) -> None:
     """Skips the test, or hypothesis's example, if the selected backend does not take so many sources."""
-    call = routes.Call("cuda", torch.float32, sources, 1, 1, [1, 1], [1, 1], [1, 1], 1, 1, False, False)
+    call = routes.Call("cuda", torch.float32, sources, 1, 1, [1, 1], [1, 1], [1, 1], 1, 1, False, False, False)
     if reason := routes.refusal(_backends._selected, call):
         reject() if currently_in_test_context() else pytest.skip(reason)
 
