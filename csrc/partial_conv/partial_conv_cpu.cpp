@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial convolution on the CPU.
 #define FUSED_INPAINT_DEVICE cpu
-#include "common/aten.h"
+#include "common/convolution_cpu.h"
 
 namespace fused_inpaint::cpu {
 struct DeviceGuard {

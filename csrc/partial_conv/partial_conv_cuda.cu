@@ -5,6 +5,7 @@
 
 namespace fused_inpaint::cuda {
 constexpr bool kMatrixUnits = true;
+constexpr auto convolution_backward = aten_convolution_backward;
 }  // namespace fused_inpaint::cuda
 
 #include "partial_conv/partial_conv_host.h"

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial convolution on either device: zeroed sources, the vendor's convolution, one pass over the output. Included
-// once for each device, after FUSED_INPAINT_DEVICE names the namespace of its passes, and kMatrixUnits there says
-// whether the vendor's convolution wants channels by eights.
+// once for each device, after FUSED_INPAINT_DEVICE names the namespace of its passes. Defined there before: kMatrixUnits,
+// whether the vendor's convolution wants channels by eights, and convolution_backward.
 #pragma once
 
 #include <array>
 #include <initializer_list>
 
-#include "common/convolution.h"
 #include "common/dispatch.h"
 #include "partial_conv/partial_conv.h"
 

@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "common/chunks.h"
-#include "common/convolution.h"
+#include "common/convolution_cpu.h"
 #include "pyramid_conv/pyramid_winograd_cpu.h"
 
 namespace fused_inpaint::cpu {

@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward pass of a convolution: the vendor's, but for the weight's gradient over few pixels on a CPU.
+// The backward pass of a convolution on a CPU: the vendor's, but for the weight's gradient over few pixels.
 #pragma once
 
 #include <cstring>
 
 #include "common/products.h"
 
-namespace fused_inpaint {
+namespace fused_inpaint::cpu {
 namespace {
 
 // Over few pixels the vendor's kernel spends its time on bringing the weight's gradient into and out of its own layout:
 // a product of matrices for each tap, written to its place, takes a third of the time (measured from 4 x 4 to 17 x 17;
 // at 32 x 32 the vendor's is the quicker).
 inline bool suits_products(const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  return x.device().type() == torch::headeronly::DeviceType::CPU && g.groups == 1 &&
-         x.scalar_type() == wide(x.scalar_type()) && grad.size(0) * grad.size(2) * grad.size(3) <= 512 &&
-         weight.size(0) * weight.size(1) >= int64_t{1} << 14;
+  return g.groups == 1 && x.scalar_type() == wide(x.scalar_type()) &&
+         grad.size(0) * grad.size(2) * grad.size(3) <= 512 && weight.size(0) * weight.size(1) >= int64_t{1} << 14;
 }
 
 // (O, C, kh, kw), channels last: for tap (u, v) the product of grad (pixels, O), transposed, and of what the tap reads,
@@ -27,10 +26,10 @@ Tensor weight_gradient(const Tensor& grad_, const Tensor& x_, const Tensor& weig
   const int64_t rows = grad.size(2), columns = grad.size(3), pixels = grad.size(0) * rows * columns;
   const int64_t taps = height * width, h = x.size(2), w = x.size(3);
   Tensor out = empty_channels_last(sizes(weight), weight.scalar_type(), weight);
-  const Tensor left = cpu::matrix(data<T>(grad), outputs, pixels, 1, outputs, grad);
+  const Tensor left = matrix(data<T>(grad), outputs, pixels, 1, outputs, grad);
   const T* from = data<T>(x);
   T* to = mutable_data<T>(out);
-  cpu::share(taps, [&](auto&& take) {
+  share(taps, [&](auto&& take) {
     Tensor read = empty({pixels, channels}, x.scalar_type(), x);
     for (int64_t tap; (tap = take()) >= 0;) {
       T* row = mutable_data<T>(read);
@@ -42,7 +41,7 @@ Tensor weight_gradient(const Tensor& grad_, const Tensor& x_, const Tensor& weig
         else
           std::memset(row, 0, channels * sizeof(T));
       }
-      cpu::multiply(left, read, cpu::matrix(to + tap * channels, outputs, channels, taps * channels, 1, out));
+      multiply(left, read, matrix(to + tap * channels, outputs, channels, taps * channels, 1, out));
     }
   });
   return out;
@@ -61,4 +60,4 @@ inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> convolution_back
 }
 
 }  // namespace
-}  // namespace fused_inpaint
+}  // namespace fused_inpaint::cpu
