@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial convolution on either device: zeroed sources, the vendor's convolution, one pass over the output. Included
-// once for each device, after FUSED_INPAINT_DEVICE names the namespace of its passes. Defined there before: kMatrixUnits,
-// whether the vendor's convolution wants channels by eights, and convolution_backward.
+// once for each device, after FUSED_INPAINT_DEVICE names the namespace of its passes. Defined there before:
+// kMatrixUnits, whether the vendor's convolution wants channels by eights, and convolution_backward.
 #pragma once
 
 #include <array>
