@@ -71,7 +71,7 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     where there are lists of tensors: more than the kernels take.
     """
     if not _HAS_SHORTCUT:
-        return operator  # type: ignore[no-any-return]
+        return operator
     kinds = [str(argument.type) for argument in operator._schema.arguments]
     lists = [kind == "List[Tensor]" for kind in kinds]
     tensors = [kind in ("Tensor", "Optional[Tensor]") for kind in kinds]

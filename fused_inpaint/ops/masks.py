@@ -23,7 +23,8 @@ define("mask_plane(Tensor mask, str name) -> Tensor", _mask_plane_fake)
 
 
 def counted_by_reference(op: str, mask: Tensor) -> bool:
-    """Whether a mask alone is plain PyTorch's work: Triton has no kernel for it, and uses the library's if there is."""
+    """Whether what a layer needs beside its convolution, its mask above all, is plain PyTorch's work: Triton has no
+    kernel for it, and uses the library's if there is."""
     device = mask.device.type
     backend = _backends.choose(op, device)
     return backend == "reference" or (backend == "triton" and not _backends.native(device))

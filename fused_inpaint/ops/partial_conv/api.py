@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Partial convolution: the public functions. A call goes on to dispatch.run and torch.ops (csrc/partial_conv)."""
 
+import contextlib
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ..._library import is_eager
 from ..checks import Pair, check_mask_type, error, pair
 from ..masks import plane_of
 from .checks import check_call, check_chain, check_one_device, check_output_size, check_window
@@ -55,7 +59,8 @@ def partial_conv2d(
         upsample: 1, or 2 for a nearest x2 upsampling of map and mask before the convolution; one for each map.
         activation: "none", "relu" or "leaky_relu" with `slope`; the output stays 0 where the new mask is 0.
         batch_norm: normalisation before the activation; statistics include the holes (as 0). Replaces the bias.
-        window: the result of `partial_window` for these masks, to save summing them again.
+        window: the result of `partial_window` for these masks, to save summing them again. Without a mask beside it the
+            new mask that is returned is the window's own, uint8.
         fold: do an upsampling inside the kernel (exact, less work) or not; None lets a table decide.
         holes_zero: a promise that x already holds 0 in its holes and that whatever wrote the zeros takes no gradient
             there, as the outputs of this function do: x is then not looked at or copied, and its gradient is left as
@@ -217,7 +222,10 @@ def partial_window_chain(mask: Tensor | Sequence[Tensor], steps: Sequence[Window
     if not planes:
         raise error(op, "mask", "a tensor or a sequence of at least one", "none")
     check_one_device(op, planes)
-    check_chain(op, [tuple(m.shape) for m in planes], steps)
+    facts = _chain_facts(planes, steps) if is_eager() else None
+    if facts is None or facts not in _checked:
+        check_chain(op, [tuple(m.shape) for m in planes], steps)
+        _remember(facts)
     planes = [plane_of(op, m) for m in planes]
     return count_chain(op, planes, steps)
 
@@ -225,14 +233,102 @@ def partial_window_chain(mask: Tensor | Sequence[Tensor], steps: Sequence[Window
 def _geometry(
     op: str, upsample: list[int], stride: Pair, padding: Pair, dilation: Pair, groups: int, zeroed: list[bool]
 ) -> Geometry:
+    if is_eager():
+        with contextlib.suppress(TypeError):  # of lists, which have no hash
+            return _known_geometry(op, tuple(upsample), stride, padding, dilation, groups, tuple(zeroed))
+    return _checked_geometry(op, upsample, stride, padding, dilation, groups, zeroed)
+
+
+def _checked_geometry(
+    op: str,
+    upsample: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    zeroed: Sequence[bool],
+) -> Geometry:
     return Geometry(
-        upsample,
+        list(upsample),
         list(pair(op, "stride", stride, 1)),
         list(pair(op, "padding", padding, 0)),
         list(pair(op, "dilation", dilation, 1)),
         groups,
         [int(z) for z in zeroed],
     )
+
+
+_known_geometry = functools.lru_cache(maxsize=1024)(_checked_geometry)
+_checked: set[tuple[object, ...]] = set()
+_MOST_CHECKED = 4096
+
+
+def _check(
+    op: str,
+    sources: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    window: Window | None,
+) -> None:
+    """Refuses what does not fit. What was let through once, by everything that the checks look at, is not looked at
+    again: they take longer than a layer's launches."""
+    facts = _facts(op, sources, weight, bias, geometry, epilogue, window) if is_eager() else None
+    if facts is not None and facts in _checked:
+        return
+    check_call(op, sources, weight, bias, geometry, epilogue)
+    if window is not None:
+        check_window(op, window, sources, weight, geometry)
+    _remember(facts)
+
+
+def _remember(facts: tuple[object, ...] | None) -> None:
+    if facts is not None:
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(facts)
+
+
+def _chain_facts(masks: list[Tensor], steps: Sequence[WindowStep]) -> tuple[object, ...] | None:
+    try:
+        facts = (*(m.shape for m in masks), *(tuple(map(tuple, step)) for step in steps))
+        hash(facts)
+    except TypeError:  # not steps, which the check says in words
+        return None
+    return facts
+
+
+def _facts(
+    op: str,
+    sources: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    window: Window | None,
+) -> tuple[object, ...] | None:
+    kind = weight.device.type
+    facts: list[object] = [op, kind != "meta" and torch.is_autocast_enabled(kind), *epilogue[:2], geometry.groups]
+    for numbers in geometry:
+        if isinstance(numbers, list):
+            facts += numbers
+            facts.append(None)
+    tensors: list[object] = [weight, bias, *sources]
+    if epilogue.norm is not None:
+        tensors += epilogue.norm[:4]
+        facts.append(epilogue.norm.training)
+    if window is not None:
+        tensors += [window.counts, *window.planes]
+        facts.append(window.full)
+    for t in tensors:
+        if t is None:
+            facts.append(None)
+        elif isinstance(t, Tensor):
+            facts += (t.shape, t.dtype, t.device)
+        else:
+            return None
+    return tuple(facts)
 
 
 def _convolve(
@@ -249,10 +345,11 @@ def _convolve(
     packed: PackedWeight | None,
     multi_channel: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_call(op, sources, weight, bias, geometry, epilogue)
-    if window is not None:
-        check_window(op, window, sources, weight, geometry)
+    _check(op, sources, weight, bias, geometry, epilogue, window)
     y, mask = run(op, sources, masks, names, weight, bias, window, geometry, epilogue, fold, packed)
-    # A copy of a window that others may share.
-    mask = mask.to(masks[0].dtype if masks else y.dtype, copy=window is not None)
+    if window is None:
+        mask = mask.to(masks[0].dtype if masks else y.dtype)
+    elif masks is not None:
+        # A copy of a window that others may share.
+        mask = mask.to(masks[0].dtype, copy=True)
     return y, mask.expand(-1, weight.size(0), -1, -1) if multi_channel else mask

@@ -222,6 +222,10 @@ define(
 )
 define("partial_window_chain(Tensor[] masks, int[] steps) -> (Tensor[], Tensor[])", _window_chain_fake)
 define(
+    "norm_constants(Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps) -> (Tensor, Tensor)",
+    lambda weight, bias, mean, var, eps: (_statistic(weight, weight.size(0)), _statistic(weight, weight.size(0))),
+)
+define(
     "partial_conv2d(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor? bias, Tensor? scale, "
     f"{_GEOMETRY}, {_EPILOGUE}, Tensor[]? packed) -> Tensor",
     _conv_fake,
