@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of a backend: by function, by context, by environment; and that a forced one never falls back."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,24 @@ def test_status_names_every_backend() -> None:
 def test_what_the_operator_tests_leave_out(name: str) -> None:
     """Said once, here, with the reason."""
     pytest.skip(f"{name}: {_backends.status()[name]}")
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda file: file.stem)
+def test_a_test_of_the_backends_makes_its_tensors_on_their_device(file: Path) -> None:
+    """Where the GPU's kernels are emulated all tensors lie on the CPU, and a forgotten device shows on a GPU only."""
+    forgotten = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            names = {argument.arg for argument in node.args.args}
+            marks = " ".join(map(ast.unparse, node.decorator_list))
+            # "backend" may also be a parameter of the test's own, of another meaning.
+            if (
+                "backend" in names
+                and not re.search(r"cpu_only|parametrize\('backend'", marks)
+                and "device" not in names
+            ):
+                forgotten.append(node.name)
+    assert not forgotten
 
 
 @pytest.mark.skipif(

@@ -51,6 +51,13 @@ def toolkit() -> list[str]:
 
 
 @functools.cache
+def contraction() -> list[str]:
+    """Flags for what nvcc does, too: a product and the sum that follows become one operation, where this CPU has it."""
+    fused = re.search(r"^flags\b.* fma( |$)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return ["-mfma", "-ffp-contract=fast"] if fused else []
+
+
+@functools.cache
 def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
@@ -73,7 +80,7 @@ def _version() -> str:
 
 def _flags(sanitize: bool, cuda: bool) -> list[str]:
     major, minor = _extension.MIN_TORCH
-    numerics = ["-fno-math-errno", "-fno-trapping-math"]
+    numerics = ["-fno-math-errno", "-fno-trapping-math", *(contraction() if cuda else [])]
     emulation = ["-DFUSED_INPAINT_EMULATE", "-DFUSED_INPAINT_CUDA_KEY=CPU", "-include", str(HERE / "cuda_emulation.h")]
     return [
         *(SANITIZE if sanitize else ["-O2", "-g0"]),

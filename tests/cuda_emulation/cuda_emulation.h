@@ -141,8 +141,14 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
 inline void __threadfence() {}
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline double __dmul_rn(double a, double b) { return a * b; }
+// Products that the compiler must not join with a sum.
+template <typename T>
+T rounded_product(T a, T b) {
+  const volatile T product = a * b;
+  return product;
+}
+inline float __fmul_rn(float a, float b) { return rounded_product(a, b); }
+inline double __dmul_rn(double a, double b) { return rounded_product(a, b); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
