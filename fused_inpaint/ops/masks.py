@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backends
-from .._library import define
+from .._library import define, ops
 from .checks import error
-
-ops = torch.ops.fused_inpaint
 
 
 def _mask_plane_fake(mask: Tensor, name: str) -> Tensor:

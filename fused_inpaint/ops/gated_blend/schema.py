@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..._library import define, implement_in_triton
+from ..._library import ops as ops
 from ..derivative import by_reference, wants_graph
 from . import reference
-
-ops = torch.ops.fused_inpaint
 
 
 def _like(t: Tensor, wanted: bool = True) -> Tensor:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..._library import define, implement, implement_in_triton
+from ..._library import ops as ops
 from ..derivative import by_reference, wants_graph
 from . import reference, tiles
-
-ops = torch.ops.fused_inpaint
 
 
 def _channels_fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ..._library import define
+from ..._library import ops as ops
 from ..checks import output_size
 from ..derivative import by_reference, has_kernels, wants_graph
 from . import reference
 
 _GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, int[] zeroed"
 _EPILOGUE = "str activation, float slope, int fold_from"
-
-ops = torch.ops.fused_inpaint
 
 
 def channels_last(like: Tensor, size: Sequence[Any]) -> Tensor:

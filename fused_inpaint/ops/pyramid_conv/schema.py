@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..._library import define, implement_in_triton
+from ..._library import ops as ops
 from ..derivative import by_reference, has_kernels, wants_graph
 from . import reference
-
-ops = torch.ops.fused_inpaint
 
 _GEOMETRY = "int[] dilations, str padding_mode, str activation"
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..._library import define, implement_in_triton
+from ..._library import ops as ops
 from ..checks import output_size
 from ..derivative import by_reference, has_kernels, wants_graph
 from . import reference
-
-ops = torch.ops.fused_inpaint
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, str padding_mode, str activation"
 

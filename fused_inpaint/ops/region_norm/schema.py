@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..._library import define, implement_in_triton
+from ..._library import ops as ops
 from ..derivative import by_reference, wants_graph
 from . import reference
-
-ops = torch.ops.fused_inpaint
 
 _POINT = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, bool shared_bias, str activation, float slope"
 
