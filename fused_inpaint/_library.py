@@ -113,6 +113,8 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     name = "Backward_" + operator._schema.name.replace("::", "_")
     methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
     function: Any = type(name, (torch.autograd.Function,), methods)
+    # Function's own `apply` looks for functorch's transforms first, which `is_eager` has done.
+    apply = super(torch.autograd.Function, function).apply
 
     def call(*arguments: Any) -> Any:
         if not is_eager():
@@ -124,7 +126,7 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
                     flat += argument
                 elif is_tensor:
                     flat.append(argument)
-            return function.apply(arguments, *flat)
+            return apply(arguments, *flat)
         with below_autograd():
             return operator(*arguments)
 

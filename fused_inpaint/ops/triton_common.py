@@ -254,7 +254,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if 0 in grid:
         return
     device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         # Contraction to FMA is asked for in words, since Triton's default for it is about to change.
         kernel[grid](*arguments, **options, enable_fp_fusion=True)
 
@@ -266,5 +267,5 @@ def fold(weight: Tensor, first: int, channels: int) -> Tensor:
     folded = weight.new_empty(4, outputs, taps, taps, channels)
     total = folded.numel()
     sizes = (total, outputs, depth, first, channels)
-    launch(fold_kernel, (triton.cdiv(total, _BLOCK),), weight, folded, *sizes, K=k, BLOCK=_BLOCK)
+    launch(fold_kernel, (-(-total // _BLOCK),), weight, folded, *sizes, K=k, BLOCK=_BLOCK)
     return folded

@@ -78,9 +78,9 @@ def _triton(sources, masks, count, weight, bias, scale, *rest):  # type: ignore[
     from . import triton_impl  # importing Triton looks for a GPU driver
 
     *layer, fold_from = rest
-    fold = any(
-        up == 2 and s.size(0) * s.size(2) * s.size(3) >= fold_from for s, up in zip(sources, layer[0], strict=True)
-    )
+    fold = False
+    for s, up in zip(sources, layer[0], strict=True):
+        fold = fold or (up == 2 and s.size(0) * s.size(2) * s.size(3) >= fold_from)
     arguments = (sources, masks, count, weight, bias, scale, *layer, fold)
     y, counts, mask = triton_impl.partial_conv2d(*arguments)
     # An operator may not give back what it was given.

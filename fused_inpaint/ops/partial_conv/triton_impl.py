@@ -509,86 +509,160 @@ def partial_conv2d(
         return y, count, new_mask
 
     fold = fold and 2 in upsample and common.folds((kernel_h, kernel_w), stride, padding, dilation, groups)
-    sources, weight = [common.nhwc(s) for s in sources], common.nhwc(weight.to(y.dtype))
-    bias, scale = (None if t is None else t.contiguous() for t in (bias, scale))
-    channels = [s.size(1) for s in sources]
-    weights, taps = [], []
-    for index, up in enumerate(upsample):
-        low = fold and up == 2
-        taps.append(((kernel_h + 1) // 2, (kernel_w + 1) // 2) if low else (kernel_h, kernel_w))
-        weights.append(common.fold(weight, sum(channels[:index]), channels[index]) if low else weight)
+    sources, weight = (
+        [common.nhwc(s) for s in sources],
+        common.nhwc(weight if weight.dtype == y.dtype else weight.to(y.dtype)),
+    )
+    bias, scale = None if bias is None else bias.contiguous(), None if scale is None else scale.contiguous()
+    weights, depth, first = [], 0, 0
+    for source, up in zip(sources, upsample, strict=True):
+        channels, low = source.size(1), fold and up == 2
+        weights.append(common.fold(weight, first, channels) if low else weight)
+        taps = (kernel_h + 1) // 2 * ((kernel_w + 1) // 2) if low else kernel_h * kernel_w
+        depth += channels // groups * taps
+        first += channels
 
-    phases, step = (4, 2) if fold else (1, 1)
-    rows, columns = images * height * width // phases, outputs // groups
-    depth = sum(c // groups * h * w for c, (h, w) in zip(channels, taps, strict=True))
     precision = common.precision(y.dtype)
-    tile = configuration(precision, fold, rows, depth, columns)
-    tile = tile._replace(block_n=min(tile.block_n, common.power_of_2(columns)))
-    walks = [_walk(c // groups, m.size(1), *t, tile.block_k) for c, m, t in zip(channels, masks, taps, strict=True)]
-    tile = common.fit(tile, max(w.block_k for w in walks), y.element_size(), y.device)
-    # Partial sums, too, are indexed in 32 bits.
-    split = max(1, min(tile.split, sum(w.steps for w in walks), (2**31 - 1) // y.numel()))
+    plan = _plan(
+        configuration(precision, fold, images * height * width // (4 if fold else 1), depth, outputs // groups),
+        precision,
+        y.element_size(),
+        y.device,
+        tuple(s.shape for s in sources),
+        tuple(m.shape[:2] for m in masks),
+        weight.shape,
+        (count.size(0), height, width),
+        tuple(upsample),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        activation,
+        slope,
+        fold,
+        given,
+    )
+    split = plan.split
     out = y if split == 1 else torch.empty((split, *size), dtype=torch.float32, device=y.device)
-
+    counts = count.contiguous()
     # The kernel has arguments for two sources; of one, the second's are not read.
-    pair = (0, -1)
-    window = float(sum(channels) * kernel_h * kernel_w)
     common.launch(
         convolve_kernel,
-        (triton.cdiv(rows, tile.block_m) * phases * groups * triton.cdiv(columns, tile.block_n), split),
-        *(sources[i] for i in pair),
-        *(_as_bytes(masks[i]) for i in pair),
-        *(weights[i] for i in pair),
+        plan.grid,
+        sources[0],
+        sources[-1],
+        _as_bytes(masks[0]),
+        _as_bytes(masks[-1]),
+        weights[0],
+        weights[-1],
         # A part of the depth is summed and no more.
         bias if split == 1 else None,
         scale if split == 1 else None,
-        count.contiguous(),
+        counts,
         None if given else _as_bytes(new_mask),
         out,
+        *plan.numbers,
+        **plan.options,
+    )
+    if split > 1:
+        total = y.numel()
+        arguments = (total, height * width * count.size(0), outputs, split, plan.window, slope)
+        options = {"ACTIVATION": activation, "BLOCK": _BLOCK}
+        common.launch(reduce_kernel, (-(-total // _BLOCK),), out, bias, scale, counts, y, *arguments, **options)
+    return y, count, new_mask
+
+
+class _Plan(NamedTuple):
+    """One launch of `convolve_kernel`, without its tensors."""
+
+    grid: tuple[int, int]
+    split: int
+    window: float
+    numbers: tuple[float, ...]  # the arguments after the tensors
+    options: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    tile: common.Config,
+    precision: str,
+    element_size: int,
+    device: torch.device,
+    sources: Sequence[Sequence[int]],  # (N, C_i, H_i, W_i)
+    masks: Sequence[Sequence[int]],  # (N or 1, 1 or C_i)
+    weight: Sequence[int],  # (O, sum C_i / groups, kh, kw)
+    output: Sequence[int],  # (N or 1 for the count, H', W')
+    upsample: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    slope: float,
+    fold: bool,
+    given: bool,
+) -> _Plan:
+    """Kept, because working it out takes longer than the launch."""
+    outputs, _, kernel_h, kernel_w = weight
+    count_images, height, width = output
+    columns = outputs // groups
+    phases, step = (4, 2) if fold else (1, 1)
+    images = sources[0][0]
+    rows = images * height * width // phases
+    tile = tile._replace(block_n=min(tile.block_n, common.power_of_2(columns)))
+    walks = []
+    for (_, channels, _, _), (_, planes), up in zip(sources, masks, upsample, strict=True):
+        low = fold and up == 2
+        taps = ((kernel_h + 1) // 2, (kernel_w + 1) // 2) if low else (kernel_h, kernel_w)
+        walks.append(_walk(channels // groups, planes, *taps, tile.block_k))
+    tile = common.fit(tile, max(w.block_k for w in walks), element_size, device)
+    # Partial sums, too, are indexed in 32 bits.
+    split = max(1, min(tile.split, sum(w.steps for w in walks), (2**31 - 1) // (images * outputs * height * width)))
+    window = float(sum(s[1] for s in sources) * kernel_h * kernel_w)
+    numbers = (
         rows,
         height // step,
         width // step,
         outputs,
         groups,
         split,
-        *(value for i in pair for value in _sizes(sources[i], masks[i], walks[i])),
-        count.size(0),
-        0 if count.size(0) == 1 else height * width,
+        *(value for i in (0, -1) for value in _sizes(sources[i], masks[i], walks[i])),
+        count_images,
+        0 if count_images == 1 else height * width,
         window,
         slope,
         *stride,
         *padding,
         *dilation,
-        KH=kernel_h,
-        KW=kernel_w,
-        SOURCES=len(sources),
-        UP0=upsample[0],
-        UP1=upsample[-1],
-        FOLD=fold,
-        WALK0=walks[0].kind,
-        WALK1=walks[-1].kind,
-        PLANES0=walks[0].planes,
-        PLANES1=walks[-1].planes,
-        COUNT=not given,
-        ACTIVATION=activation if split == 1 else "none",
-        PRECISION="tf32" if precision == "tf32" else "ieee",
-        PARTIAL=split > 1,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K0=walks[0].block_k,
-        BLOCK_K1=walks[-1].block_k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
-    if split > 1:
-        total = y.numel()
-        arguments = (total, height * width * count.size(0), outputs, split, window, slope)
-        grid = (triton.cdiv(total, _BLOCK),)
-        options = {"ACTIVATION": activation, "BLOCK": _BLOCK}
-        common.launch(reduce_kernel, grid, out, bias, scale, count.contiguous(), y, *arguments, **options)
-    return y, count, new_mask
+    options = {
+        "KH": kernel_h,
+        "KW": kernel_w,
+        "SOURCES": len(sources),
+        "UP0": upsample[0],
+        "UP1": upsample[-1],
+        "FOLD": fold,
+        "WALK0": walks[0].kind,
+        "WALK1": walks[-1].kind,
+        "PLANES0": walks[0].planes,
+        "PLANES1": walks[-1].planes,
+        "COUNT": not given,
+        "ACTIVATION": activation if split == 1 else "none",
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "PARTIAL": split > 1,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K0": walks[0].block_k,
+        "BLOCK_K1": walks[-1].block_k,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    blocks = triton.cdiv(rows, tile.block_m) * phases * groups * triton.cdiv(columns, tile.block_n)
+    return _Plan((blocks, split), split, window, numbers, options)
 
 
-def _sizes(source: Tensor, mask: Tensor, walk: _Walk) -> tuple[int, ...]:
+def _sizes(source: Sequence[int], mask: Sequence[int], walk: _Walk) -> tuple[int, ...]:
     """(channels, height, width, mask_stride, steps, span) of one source."""
-    return *source.shape[1:], 0 if mask.size(0) == 1 else mask[0].numel(), walk.steps, walk.span
+    _, channels, height, width = source
+    images, planes = mask
+    return channels, height, width, 0 if images == 1 else planes * height * width, walk.steps, walk.span

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way into operators with a derivative in eager mode, beside the one that torch registers."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import ALL, OPERATORS, Case, assert_same, cotangent, named, results, sample
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fused_inpaint import _library, ops
+
+
+@OPERATORS
+@ALL
+def test_same_bits_as_the_registered_derivative(
+    backend: str, device: torch.device, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grad = cotangent(sample(case))
+    eager = results(sample(case, device=device), grad)
+    monkeypatch.setattr(_library, "is_eager", lambda: False)
+    assert_same(eager, results(sample(case, device=device), grad))
+
+
+MASK = torch.tensor([1.0, 0.0, 1.0]).repeat(2, 1, 4, 2)  # (2, 1, 4, 6)
+OTHERS: dict[str, Callable[..., Tensor]] = {
+    "region_conv2d": lambda x, w, m: ops.region_conv2d(x, m, torch.stack([w, w * 2]), padding=1),
+    "region_norm": lambda x, w, m: ops.region_norm(x, m, w[:2, :, 0, 0].abs() + 1, w[:2, :, 1, 1]),
+    "channel_pool": lambda x, w, m: ops.channel_pool(x),
+    "pyramid_conv2d": lambda x, w, m: ops.pyramid_conv2d(x, w.repeat(2, 1, 1, 1), None, (1, 2)),
+    "gated_blend": lambda x, w, m: ops.gated_blend(x, x * 2, x.square()),
+    "gram_l1": lambda x, w, m: ops.gram_l1(x, x.square()),
+    "gram_l1_positions": lambda x, w, m: ops.gram_l1(x, x.square(), over="positions"),
+}
+
+
+def gradients(f: Callable[..., Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(2)
+    sizes = ((2, 4, 4, 6), (4, 4, 3, 3))
+    x, w = (torch.randn(size, generator=g).to(device).requires_grad_() for size in sizes)
+    y = f(x, w, MASK.to(device))
+    found = torch.autograd.grad(y.square().sum(), (x, w), allow_unused=True)
+    return y.detach(), *(t for t in found if t is not None)
+
+
+@OPERATORS
+@pytest.mark.parametrize("name", OTHERS)
+def test_same_bits_of_other_operators(
+    backend: str, device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = gradients(OTHERS[name], device)
+    monkeypatch.setattr(_library, "is_eager", lambda: False)
+    registered = gradients(OTHERS[name], device)
+    assert len(eager) == len(registered) > 1
+    for mine, theirs in zip(eager, registered, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def pooled(x: Tensor) -> Tensor:
+    y: Tensor = _library.ops.channel_pool(x)
+    return y
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@OPERATORS
+def test_which_way_is_taken(backend: str, device: torch.device) -> None:
+    x = torch.rand(1, 2, 3, 4, device=device, requires_grad=True)
+    assert pooled(x).grad_fn.name() == "Backward_fused_inpaint_channel_poolBackward"
+    with torch.no_grad():
+        assert pooled(x).grad_fn is None
+    assert pooled(x.detach()).grad_fn is None
+    graph = make_fx(pooled)(x.detach()).graph
+    assert torch.ops.fused_inpaint.channel_pool.default in [node.target for node in graph.nodes]
+    with FakeTensorMode():
+        assert tuple(pooled(torch.rand(1, 2, 3, 4)).shape) == (1, 2, 3, 4)
+    traced = torch.jit.trace(pooled, x.detach(), check_trace=False)
+    assert "fused_inpaint::channel_pool" in str(traced.graph)
+
+
+@OPERATORS
+def test_saved_tensors_meet_their_hooks(backend: str, device: torch.device) -> None:
+    """What is kept for the derivative can be packed away, as by torch.utils.checkpoint or offloading."""
+    s, grad = sample(named("relu"), device=device), cotangent(sample(named("relu")))
+    expected = results(s, grad)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t):
+        assert_same(results(sample(named("relu"), device=device), grad), expected)
+    assert packed
