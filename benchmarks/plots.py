@@ -31,6 +31,9 @@ COLOURS = {
     "dense": "tab:red",
     "both filters": "tab:orange",
     "batch norm": "tab:grey",
+    "eager full-channel": "tab:red",
+    "eager nvidia": "tab:green",
+    "convolutions alone": "tab:brown",
 }
 STYLES = {"": "o", "prepacked": "D", "compiled": "^", "frozen": "v"}
 
