@@ -143,6 +143,10 @@ class PConvUNet(nn.Module):
             )
             for i in reversed(range(levels))
         )
+        # Mask 0 is the input's, mask i that of encoder layer i, then the decoder's follow.
+        self._steps = [block.conv.window_step(i) for i, block in enumerate(_blocks(self.encoder))]
+        for i, block in enumerate(_blocks(self.decoder)):
+            self._steps.append(block.conv.window_step(levels + i, levels - 1 - i))
         for module in self.modules():
             if isinstance(module, PartialConv2d | PartialUpConv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -151,12 +155,8 @@ class PConvUNet(nn.Module):
 
     def masks(self, mask: Tensor) -> Masks:
         """The whole mask chain for an input mask; hand it to several calls of `forward` that share the mask."""
-        levels = self.levels  # mask 0 is the input's, mask i that of encoder layer i, then the decoder's follow
-        steps = [block.conv.window_step(i) for i, block in enumerate(_blocks(self.encoder))]
-        for i, block in enumerate(_blocks(self.decoder)):
-            steps.append(block.conv.window_step(levels + i, levels - 1 - i))
-        windows = partial_window_chain(mask, steps)
-        return Masks(tuple(windows[:levels]), tuple(windows[levels:]))
+        windows = partial_window_chain(mask, self._steps)
+        return Masks(tuple(windows[: self.levels]), tuple(windows[self.levels :]))
 
     def forward(self, x: Tensor, mask: Tensor, masks: Masks | None = None) -> tuple[Tensor, Tensor]:
         side = 2**self.levels

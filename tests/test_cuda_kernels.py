@@ -27,7 +27,7 @@ VALUES = [
     )
 ]
 SUITE = VALUES + [
-    f"tests/test_partial_conv_{part}.py" for part in ("numerics", "properties", "layers", "errors", "compile")
+    f"tests/test_partial_conv_{part}.py" for part in ("numerics", "properties", "layers", "norm", "errors", "compile")
 ]
 emulated = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "available")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _backends
+from ..._library import is_eager
 from ..checks import autocasts, check_mask, error, output_size
 from ..masks import counted_by_reference, plane_of
 from . import layer_ops as layer_ops  # defines operators
@@ -187,12 +188,31 @@ def _with_batch_statistics(
             y, mean, var = reference.partial_conv2d_bn(*arguments)
         else:
             y, _, mean, var = ops.partial_conv2d_bn(*arguments, fold_from)
-    if norm.running_mean is not None and norm.running_var is not None and values:
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            unbiased = var * (values / (values - 1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+    if values:
+        _track(norm, mean, var, values / (values - 1))
     return y, mask
+
+
+def _track(norm: BatchNorm, mean: Tensor, var: Tensor, factor: float) -> None:
+    """Moves the running statistics, if there are any, towards a batch's."""
+    running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
+    if running_mean is None or running_var is None:
+        return
+    fits = running_mean.dtype == running_var.dtype == mean.dtype
+    fits = fits and running_mean.is_contiguous() and running_var.is_contiguous()
+    with torch.no_grad():
+        # A compiled graph fuses the steps; out of one, each is a launch.
+        if (
+            fits
+            and is_eager()
+            and not isinstance(momentum, Tensor)
+            and not counted_by_reference("partial_conv2d", mean)
+        ):
+            ops.norm_track(running_mean, running_var, mean, var, momentum, factor)
+            torch.autograd.graph.increment_version((running_mean, running_var))
+        else:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * factor).to(running_var.dtype), momentum)
 
 
 def window_of(

@@ -96,6 +96,10 @@ def _bn_backward_fake(grad, conv, mean, var, sources, masks, count, weight, norm
     return *gradients, torch.empty_like(norm_weight), torch.empty_like(norm_bias)
 
 
+def _track_fake(*_: Any) -> None:
+    return None
+
+
 def save(ctx: Any, sources: Sequence[Tensor], masks: Sequence[Tensor], *tensors: Tensor | None) -> None:
     ctx.n = len(sources)
     ctx.save_for_backward(*sources, *masks, *tensors)
@@ -244,6 +248,11 @@ define(
     _bn_fake,
     _bn_backward,
     _bn_setup,
+)
+define(
+    "norm_track(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, "
+    "float factor) -> ()",
+    _track_fake,
 )
 define(
     "partial_conv2d_bn_backward(Tensor grad, Tensor conv, Tensor mean, Tensor var, Tensor[] sources, Tensor[] masks, "
