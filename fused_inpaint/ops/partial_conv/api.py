@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Partial convolution: the public functions. A call goes on to dispatch.run and torch.ops (csrc/partial_conv)."""
 
-import contextlib
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -233,23 +231,8 @@ def partial_window_chain(mask: Tensor | Sequence[Tensor], steps: Sequence[Window
 def _geometry(
     op: str, upsample: list[int], stride: Pair, padding: Pair, dilation: Pair, groups: int, zeroed: list[bool]
 ) -> Geometry:
-    if is_eager():
-        with contextlib.suppress(TypeError):  # of lists, which have no hash
-            return _known_geometry(op, tuple(upsample), stride, padding, dilation, groups, tuple(zeroed))
-    return _checked_geometry(op, upsample, stride, padding, dilation, groups, zeroed)
-
-
-def _checked_geometry(
-    op: str,
-    upsample: Sequence[int],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    zeroed: Sequence[bool],
-) -> Geometry:
     return Geometry(
-        list(upsample),
+        upsample,
         list(pair(op, "stride", stride, 1)),
         list(pair(op, "padding", padding, 0)),
         list(pair(op, "dilation", dilation, 1)),
@@ -258,9 +241,9 @@ def _checked_geometry(
     )
 
 
-_known_geometry = functools.lru_cache(maxsize=1024)(_checked_geometry)
 _checked: set[tuple[object, ...]] = set()
 _MOST_CHECKED = 4096
+_PLAIN = {int, float, str}  # the types of what may be known: others have no hash, or no lasting one
 
 
 def _check(
@@ -291,12 +274,17 @@ def _remember(facts: tuple[object, ...] | None) -> None:
 
 
 def _chain_facts(masks: list[Tensor], steps: Sequence[WindowStep]) -> tuple[object, ...] | None:
+    facts: list[object] = [m.shape for m in masks]
     try:
-        facts = (*(m.shape for m in masks), *(tuple(map(tuple, step)) for step in steps))
-        hash(facts)
+        for step in steps:
+            for numbers in step:
+                facts += numbers
+                facts.append(None)
+        hash(tuple(facts))
     except TypeError:  # not steps, which the check says in words
         return None
-    return facts
+    # With the types: 3.0 equals 3, and yet is refused.
+    return *facts, *map(type, facts)
 
 
 def _facts(
@@ -308,8 +296,13 @@ def _facts(
     epilogue: Epilogue,
     window: Window | None,
 ) -> tuple[object, ...] | None:
+    given = (*epilogue[:2], geometry.groups, *geometry.upsample)
+    if not _PLAIN.issuperset(map(type, given)):
+        return None
     kind = weight.device.type
-    facts: list[object] = [op, kind != "meta" and torch.is_autocast_enabled(kind), *epilogue[:2], geometry.groups]
+    # With its type, since 1.0 equals 1, and yet is refused; `pair` has seen to the other numbers.
+    groups = (type(geometry.groups), geometry.groups)
+    facts: list[object] = [op, kind != "meta" and torch.is_autocast_enabled(kind), *epilogue[:2], *groups]
     for numbers in geometry:
         if isinstance(numbers, list):
             facts += numbers
