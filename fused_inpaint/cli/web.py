@@ -121,6 +121,8 @@ def _own_folder() -> Iterator[None]:
     gradio reads these when it is imported.
     """
     with tempfile.TemporaryDirectory(prefix="fused-inpaint-web-") as folder:
+        # gradio imports matplotlib where it is installed, which would put folders into the home.
+        os.environ["MPLCONFIGDIR"] = folder
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         former, tempfile.tempdir = tempfile.tempdir, folder
         try:
