@@ -56,7 +56,7 @@ _HAS_SHORTCUT = all(
 
 def is_eager() -> bool:
     """Whether a call is what it seems: nothing compiles, traces, transforms or fakes it."""
-    return not (
+    return _HAS_SHORTCUT and not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()

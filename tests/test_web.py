@@ -268,6 +268,13 @@ class Server:
         return error
 
 
+# An image is there before it has a size.
+BOTH_LOADED = """() => {
+    const images = [...document.querySelectorAll('#result img')];
+    return images.length == 2 && images.every(image => image.naturalWidth);
+}"""
+
+
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[Server]:
     for name in ("home", "temporary", "work"):
@@ -383,7 +390,7 @@ def test_a_painted_stroke_is_filled(chromium, server, photo):
         page.click("#fill")
         sentence = said(page, "-> kept ")
         assert sentence.startswith("Held-out known pixels: network ") and "biharmonic" in sentence
-        page.wait_for_function("document.querySelectorAll('#result img').length == 2")
+        page.wait_for_function(BOTH_LOADED)
         widths = page.evaluate("[...document.querySelectorAll('#result img')].map(image => image.naturalWidth)")
         assert widths == [240, 240] and page.is_enabled("#fill") and page.is_disabled("#stop")
         after = downloaded(page, photo.parent).astype(int)
@@ -479,7 +486,7 @@ def test_screenshot(chromium, tmp_path):
         paint(page, *((x, y) for first, last, y in rows for x in (first, last)))  # the patch on the left
         page.click("#fill")
         said(page, "-> kept ")
-        page.wait_for_function("document.querySelectorAll('#result img').length == 2")
+        page.wait_for_function(BOTH_LOADED)
         box = page.locator("#result img").first.bounding_box()
         across, down = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         page.mouse.move(across, down)

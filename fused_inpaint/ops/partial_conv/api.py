@@ -243,7 +243,7 @@ def _geometry(
 
 _checked: set[tuple[object, ...]] = set()
 _MOST_CHECKED = 4096
-_PLAIN = {int, float, str}  # the types of what may be known: others have no hash, or no lasting one
+_PLAIN = {int, float, str, bool}  # the types of what may be known: others have no hash, or no lasting one
 
 
 def _check(
@@ -296,7 +296,11 @@ def _facts(
     epilogue: Epilogue,
     window: Window | None,
 ) -> tuple[object, ...] | None:
-    given = (*epilogue[:2], geometry.groups, *geometry.upsample)
+    given = [*epilogue[:2], geometry.groups, *geometry.upsample]
+    if epilogue.norm is not None:
+        given.append(epilogue.norm.training)
+    if window is not None:
+        given.append(window.full)
     if not _PLAIN.issuperset(map(type, given)):
         return None
     kind = weight.device.type

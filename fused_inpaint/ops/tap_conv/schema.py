@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..._library import define
+from ..._library import ops as ops
 from ..derivative import by_reference
 from . import reference
-
-ops = torch.ops.fused_inpaint
 
 
 def _fake(maps, weight, bias, upsampling, *rest):  # type: ignore[no-untyped-def]
