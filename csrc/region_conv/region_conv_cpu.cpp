@@ -199,7 +199,7 @@ TapConv as_taps(const Geometry& g, const Tensor& existing, const Tensor& weight)
           g.side[0].kernel,
           g.side[0].upsample == 2 ? Upsampling::nearest : Upsampling::none,
           g.side[0].mode,
-          g.elu ? Activation::elu : Activation::none,
+          g.elu ? TapActivation::elu : TapActivation::none,
           0.0};
 }
 

@@ -23,13 +23,13 @@
 namespace fused_inpaint {
 
 enum class Upsampling { none, nearest, bilinear };  // bilinear: with aligned corners
-enum class Activation { none, relu, leaky_relu, elu };
+enum class TapActivation { none, relu, leaky_relu, elu };
 
 struct TapConv {
   int64_t n, channels, h, w, outputs, kernel;
   Upsampling upsampling;
   Padding mode;
-  Activation activation;
+  TapActivation activation;
   double slope;
 
   int64_t factor() const { return upsampling == Upsampling::none ? 1 : 2; }
@@ -39,11 +39,11 @@ struct TapConv {
 inline TapConv describe_taps(const std::vector<Tensor>& maps, const Tensor& weight, const std::string& upsampling,
                              const std::string& padding_mode, const std::string& activation, double slope) {
   STD_TORCH_CHECK(!maps.empty() && maps[0].dim() == 4, "tap_conv2d: maps must be one or more of (N, C, H, W)");
-  TapConv c{maps[0].size(0),  0,
-            maps[0].size(2),  maps[0].size(3),
-            weight.size(0),   weight.size(-1),
-            Upsampling::none, parse_padding("tap_conv2d", padding_mode),
-            Activation::none, slope};
+  TapConv c{maps[0].size(0),     0,
+            maps[0].size(2),     maps[0].size(3),
+            weight.size(0),      weight.size(-1),
+            Upsampling::none,    parse_padding("tap_conv2d", padding_mode),
+            TapActivation::none, slope};
   for (const Tensor& x : maps) {
     STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == c.n && x.size(1) > 0 && x.size(2) == c.h && x.size(3) == c.w &&
                         c.h > 0 && c.w > 0 && x.scalar_type() == weight.scalar_type(),
@@ -57,10 +57,10 @@ inline TapConv describe_taps(const std::vector<Tensor>& maps, const Tensor& weig
                                            : Upsampling::bilinear;
   STD_TORCH_CHECK(activation == "none" || activation == "relu" || activation == "leaky_relu" || activation == "elu",
                   "tap_conv2d: activation must be none, relu, leaky_relu or elu, got ", activation);
-  c.activation = activation == "none"   ? Activation::none
-                 : activation == "relu" ? Activation::relu
-                 : activation == "elu"  ? Activation::elu
-                                        : Activation::leaky_relu;
+  c.activation = activation == "none"   ? TapActivation::none
+                 : activation == "relu" ? TapActivation::relu
+                 : activation == "elu"  ? TapActivation::elu
+                                        : TapActivation::leaky_relu;
   STD_TORCH_CHECK(weight.dim() == 4 && c.outputs > 0 && weight.size(1) == c.channels && weight.size(2) == c.kernel &&
                       c.kernel % 2 == 1,
                   "tap_conv2d: weight must be (O, C, k, k) with odd k, C the channels of all maps");

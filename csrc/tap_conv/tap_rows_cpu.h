@@ -103,11 +103,11 @@ FUSED_INPAINT_CLONES void sum_lines(const std::vector<Line<T>>& lines, const T* 
   }
 }
 
-template <Activation activation, typename T>
+template <TapActivation activation, typename T>
 FUSED_INPAINT_INLINE T activated(T v, T slope) {
-  if constexpr (activation == Activation::relu) return v < 0 ? T(0) : v;  // a NaN stays one
-  if constexpr (activation == Activation::leaky_relu) return v < 0 ? v * slope : v;
-  if constexpr (activation == Activation::elu) {
+  if constexpr (activation == TapActivation::relu) return v < 0 ? T(0) : v;  // a NaN stays one
+  if constexpr (activation == TapActivation::leaky_relu) return v < 0 ? v * slope : v;
+  if constexpr (activation == TapActivation::elu) {
     // One of the two is 0. A choice between two results would become a branch, and the loop no vectors.
     const T above = v > 0 ? v : T(0), below = v > 0 ? T(0) : v;
     return above + exp_minus_one(below);
@@ -133,7 +133,7 @@ FUSED_INPAINT_INLINE void sum_terms(const Term* begin, const Term* end, const T*
 
 // An output row: `down` (input columns, taps, n) summed along the row, with bias and activation, to y (columns,
 // stride). A pixel of `down` has `column` values, a tap `tap`.
-template <Activation activation, typename T>
+template <TapActivation activation, typename T>
 FUSED_INPAINT_CLONES void finish_row(const TapAxis<T>& axis, const T* down, int64_t column, int64_t tap, const T* bias,
                                      T slope, T* y, int64_t stride, int64_t n) {
   constexpr int64_t lanes = Vectors<T>::lanes;
@@ -147,12 +147,12 @@ FUSED_INPAINT_CLONES void finish_row(const TapAxis<T>& axis, const T* down, int6
       for (const auto* t = begin; t < end; ++t) sum += down[t->from * column + t->tap * tap + c] * t->weight;
       y[c] = sum;
     }
-    if constexpr (activation != Activation::none)
+    if constexpr (activation != TapActivation::none)
       if (n != stride)
         for (c = 0; c < n; ++c) y[c] = activated<activation>(y[c], slope);
   }
   // Of few channels, a pixel is no vector.
-  if constexpr (activation != Activation::none)
+  if constexpr (activation != TapActivation::none)
     if (n == stride) {
       y -= axis.count() * stride;
       for (int64_t i = 0; i < axis.count() * n; ++i) y[i] = activated<activation>(y[i], slope);
@@ -162,14 +162,14 @@ FUSED_INPAINT_CLONES void finish_row(const TapAxis<T>& axis, const T* down, int6
 template <typename T, typename... Rest>
 void finish(const TapConv& c, const Rest&... rest) {
   switch (c.activation) {
-    case Activation::none:
-      return finish_row<Activation::none, T>(rest...);
-    case Activation::relu:
-      return finish_row<Activation::relu, T>(rest...);
-    case Activation::leaky_relu:
-      return finish_row<Activation::leaky_relu, T>(rest...);
-    case Activation::elu:
-      return finish_row<Activation::elu, T>(rest...);
+    case TapActivation::none:
+      return finish_row<TapActivation::none, T>(rest...);
+    case TapActivation::relu:
+      return finish_row<TapActivation::relu, T>(rest...);
+    case TapActivation::leaky_relu:
+      return finish_row<TapActivation::leaky_relu, T>(rest...);
+    case TapActivation::elu:
+      return finish_row<TapActivation::elu, T>(rest...);
   }
 }
 
