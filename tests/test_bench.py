@@ -143,6 +143,7 @@ def test_runs_the_benchmarks(commands: list[tuple[list[str], dict[str, str]]]) -
     [
         (["-k", "broken"], "every row must run, got exit code 1 from pytest, which says more above"),
         (["--results", "x"], "--results and --output must come with --report"),
+        (["--report", "--smoke"], "--smoke, --device, --save and -k must come without --report, which runs nothing"),
         (["--report", "--results", "nowhere"], "results must be a folder, got nowhere"),
         (["--report", "--results", "empty"], "results must hold files that bench --save wrote, got none in empty"),
         (["--report", "--results", "broken"], "results must be files that bench --save wrote, got "),

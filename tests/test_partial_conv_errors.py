@@ -257,6 +257,22 @@ def test_window_of_another_call(backend: str, device: torch.device, size: int, b
         ops.partial_conv2d(x, None, weight, None, stride, 1, window=window)
 
 
+def test_masks_that_are_not_the_windows(backend: str, device: torch.device) -> None:
+    """Twice each: the first refusal must not let the second call through."""
+    window = ops.partial_window(torch.ones(1, 1, 6, 6, device=device), 2, 3, padding=1)
+    x, weight = torch.ones(1, 2, 6, 6, device=device), torch.ones(4, 2, 3, 3, device=device)
+    other = torch.ones(1, 1, 3, 3, device=device)
+    small = window._replace(mask=window.mask[..., :2, :2])
+    for _ in range(2):
+        assert ops.partial_conv2d(x, None, weight, padding=1, window=window)[1].shape == (1, 1, 6, 6)
+        with pytest.raises(
+            ValueError, match=r"^partial_conv2d: mask must be \(1, 1, 6, 6\) or .*, got \(1, 1, 3, 3\)$"
+        ):
+            ops.partial_conv2d(x, other, weight, padding=1, window=window)
+        with pytest.raises(ValueError, match=r"^partial_conv2d: window must be of a mask as its counts .*, got .*"):
+            ops.partial_conv2d(x, None, weight, padding=1, window=small)
+
+
 def test_layers() -> None:
     refused(
         "PartialConv2d: padding must be an int or two of at least 0, got -1", lambda: PartialConv2d(3, 4, 3, padding=-1)

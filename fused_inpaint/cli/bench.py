@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not (benchmarks / "harness.py").is_file():
         raise UserError(f"the benchmarks must be there, in a checkout installed with pip install -e ., got {CHECKOUT}")
     if arguments.report:
+        if arguments.smoke or arguments.device or arguments.save or arguments.k:
+            raise UserError("--smoke, --device, --save and -k must come without --report, which runs nothing")
         _report(benchmarks, arguments.results or benchmarks / "results", arguments.output or CHECKOUT / "docs")
     else:
         _measure(arguments)

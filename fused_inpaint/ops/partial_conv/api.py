@@ -10,7 +10,7 @@ from ..._library import is_eager
 from ..checks import Pair, check_mask_type, error, pair
 from ..masks import plane_of
 from .checks import check_call, check_chain, check_one_device, check_output_size, check_window
-from .dispatch import count, count_chain, run
+from .dispatch import count, count_chain, given_masks, run
 from .packing import PackedWeight
 from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
@@ -316,7 +316,7 @@ def _facts(
         tensors += epilogue.norm[:4]
         facts.append(epilogue.norm.training)
     if window is not None:
-        tensors += [window.counts, *window.planes]
+        tensors += [window.counts, window.mask, *window.planes]
         facts.append(window.full)
     for t in tensors:
         if t is None:
@@ -343,6 +343,8 @@ def _convolve(
     multi_channel: bool,
 ) -> tuple[Tensor, Tensor]:
     _check(op, sources, weight, bias, geometry, epilogue, window)
+    if window is not None and masks is not None:
+        given_masks(op, sources, masks, names)
     y, mask = run(op, sources, masks, names, weight, bias, window, geometry, epilogue, fold, packed)
     if window is None:
         mask = mask.to(masks[0].dtype if masks else y.dtype)

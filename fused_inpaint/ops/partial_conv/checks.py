@@ -103,6 +103,8 @@ def check_window(op: str, window: Window, sources: list[Tensor], weight: Tensor,
         raise error(op, "window", f"on {sources[0].device} as x", window.counts.device)
     if window.counts.shape[1:] != (1, *out) or window.counts.size(0) not in (1, sources[0].size(0)):
         raise error(op, "window", f"of {out[0]} x {out[1]} counts", tuple(window.counts.shape))
+    if window.mask.shape != window.counts.shape:
+        raise error(op, "window", f"of a mask as its counts {tuple(window.counts.shape)}", tuple(window.mask.shape))
 
 
 def _check_parameters(op: str, weight: Tensor, bias: Tensor | None, channels: int, groups: int, x: Tensor) -> None:

@@ -43,7 +43,7 @@ def run(
     # "direct" and "triton" sum the masks in the same launch, in whatever type they come.
     if window is None and kernel in ("vendor", "reference"):
         window = window_of(op, sources, masks, names, weight.shape[2:], geometry)
-    planes = _given(op, sources, masks, names) if window is None else list(window.planes)
+    planes = given_masks(op, sources, masks, names) if window is None else list(window.planes)
 
     oneDNN = kernel == "vendor" and call.device != _backends.DEVICE["cuda"]
     if oneDNN and inner == torch.float16:
@@ -224,12 +224,12 @@ def window_of(
     geometry: Geometry,
 ) -> Window:
     """Masks as given, checked against their sources, to the window."""
-    given = _given(op, sources, masks, names)
+    given = given_masks(op, sources, masks, names)
     planes = given if masks is None else [plane_of(op, mask, name) for mask, name in zip(given, names, strict=True)]
     return count(op, planes, [s.size(1) for s in sources], kernel, geometry)
 
 
-def _given(op: str, sources: list[Tensor], masks: list[Tensor] | None, names: Sequence[str]) -> list[Tensor]:
+def given_masks(op: str, sources: list[Tensor], masks: list[Tensor] | None, names: Sequence[str]) -> list[Tensor]:
     """The masks, checked against their sources and contiguous; all valid if there are none."""
     if masks is None:
         return [torch.ones((1, 1, *s.shape[2:]), dtype=torch.uint8, device=s.device) for s in sources]
