@@ -60,6 +60,7 @@ def worker(rank: int, world: int, backend: str, folder: str) -> None:
             parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
         train(parallel, slice(rank * EACH, (rank + 1) * EACH), world * EACH)
         torch.save({name: t.cpu() for name, t in net.state_dict().items()}, f"{folder}/{rank}.pt")
+        dist.barrier()  # Gloo aborts a process whose peer leaves while it is still taking that peer's connection.
     finally:
         dist.destroy_process_group()
 
@@ -118,6 +119,7 @@ def norm_worker(rank: int, world: int, backend: str, folder: str) -> None:
     try:
         with use_backend(backend):
             torch.save(normalise(SHARES[rank], dist.group.WORLD), f"{folder}/{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -83,6 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         _train(arguments, device, first=world == 1 or dist.get_rank() == 0)
+        if world > 1:
+            dist.barrier()  # Gloo aborts a process whose peer leaves while it is still taking that peer's connection.
     finally:
         if world > 1:
             dist.destroy_process_group()
