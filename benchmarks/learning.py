@@ -4,9 +4,8 @@
     pip install 'fused-inpaint[learning]'
     python benchmarks/learning.py --plot docs/learning.png --sheet sheet.png
 
-Each network is trained by its paper's recipe (no perceptual and style terms, a larger learning rate for the few steps),
-and on the way measured on photographs that it is not trained on, beside simple fills: mean over squares of the hole's
-PSNR. The two plain convolutions are the partial-convolution U-Net itself with nothing masked, holes of the mean colour:
+Each network is trained by its recipe without VGG weights, at a larger learning rate for the few steps, and on the way
+measured on photographs that it is not trained on, beside simple fills: mean over squares of the hole's PSNR. The two plain convolutions are the partial-convolution U-Net itself with nothing masked, holes of the mean colour:
 they differ from it in nothing but what is compared. Everything is drawn by a seed; results go to benchmarks/results/.
 """
 
@@ -66,7 +65,8 @@ def recipe_of(name: str, size: int) -> recipes.Recipe:
     """The paper's, or for plain convolutions that of partial convolutions."""
     base = recipes.recipe_of(name if name in recipes.RECIPES else "pconv", size=size, batch=8)
     network = NETWORKS[name]
-    return dataclasses.replace(base, key=name, rate=network.rate, model=network.config, critic={"width": 16})
+    config = {**base.model, **network.config}
+    return dataclasses.replace(base, key=name, rate=network.rate, model=config, critic={"width": 16})
 
 
 def hole(side: int, rng: np.random.Generator) -> Tensor:
@@ -120,7 +120,7 @@ def train(name: str, photos: Path, out: Path, chosen: argparse.Namespace) -> dic
 
 
 def trained(name: str, out: Path) -> evaluate.Fill:
-    model = models.build_model(name, **NETWORKS[name].config)
+    model = models.build_model(name, **recipe_of(name, 0).model)
     model.net.load_state_dict(load_file(out / "model.safetensors"))
     return model.inpaint
 

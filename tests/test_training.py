@@ -95,6 +95,16 @@ def test_every_recipe_runs(key: str, folder: Path, tmp_path: Path) -> None:
         assert sheet.size == (3 * recipe.size, 4 * recipe.size)
 
 
+def test_adversarial_term_without_the_perceptual_ones(folder: Path, tmp_path: Path) -> None:
+    """Its weight is for a sum that the VGG terms are the most of."""
+    trainer(folder, tmp_path, "cgan_pc_rn", steps=1).run()
+    (line,) = log(tmp_path)
+    assert "style" not in line
+    terms = {k: v for k, v in line.items() if k not in NOT_TERMS}
+    factors = {"valid": 1, "hole": 6, "tv": 0.1, "adversarial": 0.003}
+    assert line["total"] == pytest.approx(sum(factors[k] * v for k, v in terms.items()), rel=1e-5)
+
+
 NOT_TERMS = ("step", "total", "discriminator", "rate")
 
 
@@ -246,6 +256,7 @@ if key == "cgan_pc_rn":
 run = t.trainer(folder, out, key, recipe, steps=3)
 run.run()
 if dist.is_initialized():
+    dist.barrier()
     dist.destroy_process_group()
 """
 

@@ -128,6 +128,7 @@ def _say(arguments: argparse.Namespace, recipe: Any, data: Any, trainer: Any) ->
     skipped = f", {data.skipped} files skipped" if data.skipped else ""
     print(f"{len(data)} photos{skipped}; {recipe.key}, {recipe.size}x{recipe.size}, batch {recipe.batch}")
     if arguments.vgg is None:
-        print("no --vgg: trained without the perceptual and style terms of the paper")
+        instead = "".join(f", {name} at {factor:g}" for name, factor in recipe.without_vgg.items())
+        print(f"no --vgg: trained without the perceptual and style terms of the paper{instead}")
     if trainer.resumed_from:
         print(f"going on from step {trainer.resumed_from}")

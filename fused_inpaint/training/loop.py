@@ -120,6 +120,10 @@ class Trainer:
             if log is not None:
                 log.close()
 
+    @property
+    def weights(self) -> dict[str, float]:
+        return self.recipe.weights | (self.recipe.without_vgg if self.features is None else {})
+
     def _one_step(self, batches: Iterator[tuple[Tensor, Tensor]], stage: Stage, rate: float) -> Terms:
         self._enter(stage, rate)
         adversarial = stage.adversarial and self.critic is not None
@@ -136,7 +140,7 @@ class Trainer:
                 found = self.recipe.generator(
                     self._batch(image, mask, prediction, self.critic if adversarial else None)
                 )
-                total = sum(self.recipe.weights.get(name, 1.0) * term for name, term in found.items())
+                total = sum(self.weights.get(name, 1.0) * term for name, term in found.items())
                 assert isinstance(total, Tensor)
                 self.scaler.scale(total / len(taken)).backward()
             _add(terms, {**found, "total": total}, len(taken))
