@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -264,6 +265,59 @@ def test_what_cannot_fill_or_be_measured_is_left_out_with_a_sentence(photos, mon
     assert results.left_out[-1].startswith("FID is left out, torchmetrics cannot be imported")
 
 
+class Alike:
+    """Stands for torchmetrics' LPIPS: a factor, read as torchvision reads AlexNet, of the mean absolute difference."""
+
+    def __init__(self, net_type, normalize):
+        assert net_type == "alex" and normalize
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", "alexnet-1.pth")
+        self.factor = torch.load(path, weights_only=False)["factor"]
+
+    def eval(self):
+        return self
+
+    def __call__(self, filled, truth):
+        return self.factor * (filled - truth).abs().mean()
+
+
+def test_lpips_by_a_file_of_weights(photos, monkeypatch, tmp_path):
+    alexnet = types.SimpleNamespace(DEFAULT=types.SimpleNamespace(url="https://none/alexnet-1.pth"))
+    for name, module in (
+        ("torchmetrics", None),
+        ("torchmetrics.image", None),
+        ("torchmetrics.image.lpip", types.SimpleNamespace(LearnedPerceptualImagePatchSimilarity=Alike)),
+        ("torchvision", None),
+        ("torchvision.models", types.SimpleNamespace(AlexNet_Weights=alexnet)),
+    ):
+        monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "cache"))
+    path = tmp_path / "weights.pth"
+    torch.save({"factor": torch.tensor(3.0)}, path)
+    found = evaluate.cases(photos, evaluate.MadeMasks(SIZE, BORDER), BORDER, 1)
+    results = evaluate.evaluate(found, 12, {"mean": evaluate.mean_colour}, lpips_weights=str(path))
+    for scored in results.scores:
+        assert scored.metrics["lpips"] == pytest.approx(3 * scored.metrics["l1"] / 100, rel=1e-4)
+    assert torch.hub.get_dir() == str(tmp_path / "cache"), "torch's cache is where it was"
+
+    with pytest.raises(metrics.UnavailableError, match=r"^LPIPS is left out, alexnet-1.pth is not in .*cache/checkp"):
+        learned_metrics.Perceptual()
+    ran = tmp_path / "ran"
+    path.write_bytes(pickle.dumps(Code(str(ran))))
+    with pytest.raises(metrics.UnavailableError, match=r"^LPIPS is left out, its network cannot be built \("):
+        learned_metrics.Perceptual(str(path))
+    assert not ran.exists(), "a file of weights must not run code"
+
+
+class Code:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 class Distance:
     """Stands for torchmetrics' FID: the difference of mean brightness, in percent."""
 
@@ -395,6 +449,7 @@ def test_masks_of_a_folder_from_the_command_line(photos, weights, capsys):
         (("--out", "no/run"), "out must be in an existing folder, got no/run"),
         (("--out", "photos/a.png"), "out must be a folder, got the file photos/a.png"),
         (("--fid-weights", "absent.pth"), "fid-weights must be an existing file, got absent.pth"),
+        (("--lpips-weights", "absent.pth"), "lpips-weights must be an existing file, got absent.pth"),
         (("--border", "200"), "border must leave room for 50% hole, got 12 pixels of 32x32"),
         (("--device", "abacus"), "device must be one that torch can use here, got abacus"),
     ],

@@ -53,6 +53,7 @@ def add(verbs: Any) -> None:
     )
     verb.add_argument("--out", metavar="RUN", help="folder for results.json, .csv, .md and contact_sheet.png")
     verb.add_argument("--fid-weights", metavar="FILE", help="torch-fidelity's Inception weights: FID, too")
+    verb.add_argument("--lpips-weights", metavar="FILE", help="torchvision's AlexNet weights: LPIPS, too")
     verb.add_argument("--device", help="cuda if there is one, else cpu")
     verb.add_argument("--seed", type=seed, default=0)
     verb.set_defaults(run=run)
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         methods, data, source = _prepared(arguments, border)
         total = min(len(data), arguments.count or len(data)) * source.per_photo
         found = evaluate.cases(data, source, border, arguments.count)
-        results = evaluate.evaluate(found, total, methods, arguments.fid_weights, bar)
+        results = evaluate.evaluate(found, total, methods, arguments.fid_weights, arguments.lpips_weights, bar)
         bar.close()
         notes = [*_about_masks(source, results, arguments.hole), *_skipped(data, source)]
         if not results.scores:
@@ -113,8 +114,9 @@ def _prepared(arguments: argparse.Namespace, border: int) -> tuple[dict[str, Fil
 
     if arguments.out:
         report.check_folder(arguments.out)
-    if arguments.fid_weights and not Path(arguments.fid_weights).is_file():
-        raise UserError(f"fid-weights must be an existing file, got {arguments.fid_weights}")
+    for name, path in (("fid-weights", arguments.fid_weights), ("lpips-weights", arguments.lpips_weights)):
+        if path and not Path(path).is_file():
+            raise UserError(f"{name} must be an existing file, got {path}")
     side = arguments.size
     data = photos.Photos(arguments.data, side, photos.MadeMasks(evaluate.KIND), arguments.seed, augment=False)
     source: GivenMasks | MadeMasks

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -198,6 +199,7 @@ def evaluate(
     total: int,
     methods: Mapping[str, Fill],
     fid_weights: str | None = None,
+    lpips_weights: str | None = None,
     progress: Progress = lambda fraction, text: None,
 ) -> Results:
     """Every method on every case: what it fills, composed with the known pixels, against the photo.
@@ -208,11 +210,11 @@ def evaluate(
     Args:
         found: the cases, at most `total`.
         methods: by name.
-        fid_weights: file of the feature network of `learned_metrics.Frechet`.
+        fid_weights, lpips_weights: files of the networks of `learned_metrics.Frechet` and `Perceptual`.
         progress: called with the share that is done and a word for it.
     """
     results = Results()
-    frechet, extras = _optional(results, list(methods), fid_weights)
+    frechet, extras = _optional(results, list(methods), fid_weights, lpips_weights)
     shown = set(np.linspace(0, total - 1, SHEET_ROWS).round().astype(int).tolist())
     photo = ""
     for number, case in enumerate(found):
@@ -250,12 +252,13 @@ def composed(case: Case, fill: Fill) -> Tensor:
 
 
 def _optional(
-    results: Results, methods: list[str], fid_weights: str | None
+    results: Results, methods: list[str], fid_weights: str | None, lpips_weights: str | None
 ) -> tuple[learned_metrics.Frechet | None, dict[str, Callable[[Tensor, Tensor], float]]]:
     """What needs other packages: FID, and metrics of (truth, composite) by their keys."""
     frechet = None
     extras: dict[str, Callable[[Tensor, Tensor], float]] = {}
-    for key, make in (("ssim", metrics.Similarity), ("lpips", learned_metrics.Perceptual)):
+    perceptual = partial(learned_metrics.Perceptual, lpips_weights)
+    for key, make in (("ssim", metrics.Similarity), ("lpips", perceptual)):
         try:
             extras[key] = make()
         except metrics.UnavailableError as error:

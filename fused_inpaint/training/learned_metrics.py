@@ -4,7 +4,11 @@ downloaded."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,11 +63,14 @@ class Frechet:
 class Perceptual:
     """LPIPS (Zhang et al. 2018) with AlexNet by torchmetrics: `of(truth, filled)`, both (1, 3, H, W) in [0, 1].
 
+    Args:
+        weights: torchvision's file of AlexNet; None: the one in torch's cache.
+
     Raises:
-        UnavailableError: torchmetrics or torchvision is missing, or AlexNet's weights are not in torch's cache.
+        UnavailableError: torchmetrics or torchvision is missing, or AlexNet's weights are, or the file has others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: str | None = None) -> None:
         try:
             import torchmetrics.image.lpip as lpip
             from torchvision.models import AlexNet_Weights
@@ -72,13 +79,34 @@ class Perceptual:
                 f"LPIPS is left out, torchmetrics and torchvision cannot be imported ({_reason(error)})"
             ) from None
         name = AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[-1]
-        if not os.path.isfile(os.path.join(torch.hub.get_dir(), "checkpoints", name)):
-            raise UnavailableError(f"LPIPS is left out, {name} is not in {torch.hub.get_dir()}/checkpoints")
-        self._metric = lpip.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()
+        cached = Path(torch.hub.get_dir(), "checkpoints", name)
+        if weights is None and not cached.is_file():
+            raise UnavailableError(f"LPIPS is left out, {name} is not in {cached.parent}; give it by --lpips-weights")
+        try:
+            with _as_cached(weights or str(cached), name):
+                self._metric = lpip.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()
+        except Exception as error:  # whatever a wrong file makes torch raise
+            raise UnavailableError(f"LPIPS is left out, its network cannot be built ({_reason(error)})") from None
 
     def __call__(self, truth: Tensor, filled: Tensor) -> float:
         with torch.no_grad():
             return float(self._metric(filled, truth))
+
+
+@contextlib.contextmanager
+def _as_cached(path: str, name: str) -> Iterator[None]:
+    """Torchvision takes weights from torch's cache alone: for a while the cache is a folder with this file in it."""
+    torch.load(path, map_location="cpu", weights_only=True)  # torchvision would run code that it holds
+    before = torch.hub.get_dir()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Path(folder, "checkpoints")
+        checkpoints.mkdir()
+        os.symlink(os.path.abspath(path), checkpoints / name)
+        torch.hub.set_dir(folder)
+        try:
+            yield
+        finally:
+            torch.hub.set_dir(before)
 
 
 def _reason(error: Exception) -> str:

@@ -209,7 +209,7 @@ RECIPES = {
             rate=2e-4,
             generator=_cgan,
             weights=_PCONV,
-            # Beside the perceptual and style terms 1 is little; beside L1 alone it is nearly all, and the network unlearns.
+            # 1 is little beside the perceptual and style terms, and nearly all beside L1 alone: the network unlearns.
             without_vgg={"adversarial": 0.003},
             stages=(Stage(1.0, 1.0),),
             discriminator=_cgan_discriminator,
