@@ -5,8 +5,9 @@
     python benchmarks/learning.py --plot docs/learning.png --sheet sheet.png
 
 Each network is trained by its recipe without VGG weights, at a larger learning rate for the few steps, and on the way
-measured on photographs that it is not trained on, beside simple fills: mean over squares of the hole's PSNR. The two plain convolutions are the partial-convolution U-Net itself with nothing masked, holes of the mean colour:
-they differ from it in nothing but what is compared. Everything is drawn by a seed; results go to benchmarks/results/.
+measured on photographs that it is not trained on, beside simple fills: mean over squares of the hole's PSNR. The two
+plain convolutions are the partial-convolution U-Net itself with nothing masked, holes of the mean colour: they differ
+from it in nothing but what is compared. Everything is drawn by a seed; results go to benchmarks/results/.
 """
 
 import argparse
