@@ -165,6 +165,14 @@ NETWORK_BARS = [
     )),
 ]
 
+# A share of 95 % in the network is 1 / 0.95 of a bare step.
+TRAINING_BARS = [
+    Bar("training loop on ready batches: ours / bare step", "<=", 1.03,
+        mean_ratio(["unet256 loop, data"], "ready", "ours", "bare step")),
+    Bar("training loop that reads photos and makes masks: ours / bare step", "<=", 1 / 0.95,
+        mean_ratio(["unet256 loop, data"], "read", "ours", "bare step")),
+]
+
 ENC16, DEC16 = ([f"{name}{i} b16" for i in (2, 3, 4, 5)] for name in ("enc", "dec"))
 ALL_ENC, ALL_DEC = [f"{name} b16" for name in ENCODER], [f"{name} b16" for name in DECODER]
 DEEP = [f"{name}{i} b1" for name in ("enc", "dec") for i in (6, 7, 8)]
@@ -252,7 +260,7 @@ GPU_BARS = [
 
 # A smoke run takes the rows of both.
 BARS = [
-    *([] if ON_GPU else CPU_BARS + REGION_BARS + BLOCK_BARS + PAIRWISE_BARS + NETWORK_BARS),
+    *([] if ON_GPU else CPU_BARS + REGION_BARS + BLOCK_BARS + PAIRWISE_BARS + NETWORK_BARS + TRAINING_BARS),
     *(GPU_BARS if ON_GPU or SMOKE else []),
 ]
 
