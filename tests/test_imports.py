@@ -27,7 +27,7 @@ def modules() -> Iterator[str]:
 
 MODULES = sorted(set(modules()))
 # Imported by the call that needs it.
-TRITON = {name for name in MODULES if name.endswith((".triton_impl", ".triton_common"))}
+TRITON = {name for name in MODULES if name.endswith((".triton_impl", ".triton_kernels", ".triton_common"))}
 
 # One process for all: each module is imported in a fork of an interpreter that knows torch but none of this package.
 ALONE = """
