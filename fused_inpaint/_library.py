@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 library = torch.library.Library("fused_inpaint", "DEF")
 _registered = torch.ops.fused_inpaint
@@ -70,12 +72,10 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     `register_autograd` walks through the arguments' structure in Python several times a call, hundreds of microseconds
     where there are lists of tensors: more than the kernels take.
     """
-    if not _HAS_SHORTCUT:
-        return operator
     kinds = [str(argument.type) for argument in operator._schema.arguments]
     lists = [kind == "List[Tensor]" for kind in kinds]
     tensors = [kind in ("Tensor", "Optional[Tensor]") for kind in kinds]
-    below_autograd = torch._C._AutoDispatchBelowAutograd
+    below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)  # None: `is_eager` never says so
 
     def forward(ctx: Any, arguments: tuple[Any, ...], *_: Any) -> Any:
         with below_autograd():
@@ -117,6 +117,8 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     apply = super(torch.autograd.Function, function).apply
 
     def call(*arguments: Any) -> Any:
+        if getattr(forward_ad, "_current_level", -1) >= 0:
+            _refuse_tangents(operator._schema.name.split("::")[1], arguments)
         if not is_eager():
             return operator(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
@@ -131,6 +133,18 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
             return operator(*arguments)
 
     return call
+
+
+def _refuse_tangents(name: str, arguments: Any) -> None:
+    """An operator with no forward-mode derivative would drop tangents without a word."""
+    for argument in arguments:
+        if isinstance(argument, list | tuple):
+            _refuse_tangents(name, argument)
+        elif isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise NotImplementedError(
+                f'{name}: tensors must be without tangents, got one with; within use_backend("reference") forward-mode '
+                "derivatives are computed"
+            )
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:

@@ -8,9 +8,10 @@ import torch
 from cases import ALL, OPERATORS, Case, assert_same, cotangent, named, results, sample
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_inpaint import _library, ops
+from fused_inpaint import _library, ops, use_backend
 
 
 @OPERATORS
@@ -88,3 +89,24 @@ def test_saved_tensors_meet_their_hooks(backend: str, device: torch.device) -> N
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t):
         assert_same(results(sample(named("relu"), device=device), grad), expected)
     assert packed
+
+
+@OPERATORS
+@pytest.mark.parametrize("name", OTHERS)
+def test_forward_mode_is_refused_and_not_dropped(backend: str, device: torch.device, name: str) -> None:
+    """Under torch.func, too; the reference has the derivative."""
+    x, w, tangent = (torch.rand(size, device=device) for size in ((2, 4, 4, 6), (4, 4, 3, 3), (2, 4, 4, 6)))
+    mask = MASK.to(device)
+    with forward_ad.dual_level():
+        OTHERS[name](x, w, mask)
+        with pytest.raises(NotImplementedError, match=r"^\w+: tensors must be without tangents, got one with; "):
+            OTHERS[name](forward_ad.make_dual(x, tangent), w, mask)
+
+    def f(x: Tensor) -> Tensor:
+        return OTHERS[name](x, w, mask)
+
+    with pytest.raises(NotImplementedError, match="must be without tangents"):
+        torch.func.jvp(f, (x,), (tangent,))
+    with use_backend("reference"):
+        moved = torch.func.jvp(f, (x,), (tangent,))[1]
+    assert moved.abs().max() > 0
