@@ -56,9 +56,16 @@ def find_torch():
 def find_compiler():
     """The C++ compiler as a command line, or None."""
     named = shlex.split(os.environ.get("CXX", ""))
-    if named:
-        return named if shutil.which(named[0]) else None
-    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    commands = [named] if named else [[name] for name in ("c++", "g++", "clang++")]
+    return next((command for command in commands if compiler_version(command)), None)
+
+
+def compiler_version(command):
+    """The first line it says of itself; "" if it does not run."""
+    if shutil.which(command[0]) is None:
+        return ""
+    run = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return run.stdout.split("\n")[0] if run.returncode == 0 else ""
 
 
 def decide(choice, torch, compiler):
@@ -76,7 +83,7 @@ def decide(choice, torch, compiler):
         blocked = f"the extension is compiled on Linux only, and this is {sys.platform}"
     elif compiler is None:
         wanted = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++ or clang++"
-        blocked = f"no C++ compiler was found ({wanted} is not on PATH)"
+        blocked = f"no C++ compiler was found ({wanted} is not on PATH, or does not run)"
     if blocked:
         if choice != "auto":
             stop(f"FUSED_INPAINT_BUILD={choice} cannot be done: {blocked}; {WITHOUT}")
@@ -193,8 +200,7 @@ if COMPILING & set(sys.argv):
 
         os.environ["CXX"] = shlex.join(compiler)
         extension, flags = make_extension(FACTS["kind"], compiler)
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        FACTS["compiler"] = version.splitlines()[0]
+        FACTS["compiler"] = compiler_version(compiler)
         FACTS["flags"] = {language: shlex.join(words) for language, words in flags.items()}
         FACTS["torch"] = str(torch.__version__)
         if FACTS["kind"] == "cuda":

@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--side", type=int, default=64, help="pixels, a multiple of 8")
     arguments = parser.parse_args(argv)
+    if arguments.side < 8 or arguments.side % 8:
+        parser.error(f"--side must be a multiple of 8, got {arguments.side}")
     torch.manual_seed(0)
 
     plain, masked = PlainUNet(), MaskedUNet()

@@ -8,7 +8,7 @@ process that loads it has to `import fused_inpaint` before. `torch.ops.load_libr
 not enough: it holds the kernels, but the operators are declared in Python. A process without this package takes a file
 made with `--standard`, in which each op stands as its equation in torch's own operators.
 
-`network.onnx` is of standard operators, too, for other runtimes, and needs `pip install fused-inpaint[onnx]`.
+`network.onnx` is of standard operators, too, for other runtimes, and needs `pip install -e ".[onnx]"`.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"no ONNX file: {' and '.join(missing)} not installed (pip install fused-inpaint[onnx])")
+        print(f"no ONNX file: {' and '.join(missing)} not installed (pip install 'fused-inpaint[onnx]')")
     else:
         path = str(arguments.out / "network.onnx")
         export_onnx(model.cpu(), path, arguments.side)

@@ -97,10 +97,12 @@ def hide(known: Tensor, rng: np.random.Generator) -> Tensor:
     return known * torch.from_numpy(~covered)[:, None]
 
 
-def train(net: GlobeNet, fields: Tensor, known: Tensor, steps: int, rng: np.random.Generator) -> None:
+def train(net: GlobeNet, fields: Tensor, known: Tensor, steps: int, rng: np.random.Generator, name: str) -> None:
     optimiser = torch.optim.Adam(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
-    for _ in range(steps):
+    for step in range(steps):
+        if step % 50 == 0:
+            print(f"{name}: step {step} of {steps}", flush=True)
         chosen = torch.from_numpy(rng.integers(0, len(fields), 8))
         x, mask = fields[chosen], known[chosen]
         given = hide(mask, rng)
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", help="netCDF, read by xarray (synthetic fields)")
     parser.add_argument("--variable", default="sst")
-    parser.add_argument("--steps", type=int, default=400, help="of each network (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of each network (%(default)s)")
     parser.add_argument("--fields", type=int, default=64, help="synthetic ones (%(default)s)")
     parser.add_argument("--rows", type=int, default=48, help="of a synthetic field, with twice as many columns")
     parser.add_argument("--width", type=int, default=24, help="channels (%(default)s)")
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for name, partial in (("plain convolutions, mean in the gaps", False), ("partial convolutions", True)):
         torch.manual_seed(0)
         net = GlobeNet(arguments.width, partial)
-        train(net, fields[training], known[training], arguments.steps, copy.deepcopy(rng))
+        train(net, fields[training], known[training], arguments.steps, copy.deepcopy(rng), name)
         with torch.no_grad():
             results[name] = score(net(test, test_given))
 

@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     critic_optimiser = torch.optim.Adam(critic.parameters(), 1e-4, (0.5, 0.999))
     autocast, backward = partial(torch.autocast, device, torch.bfloat16, enabled=arguments.amp), Tensor.backward
     if arguments.fabric:
-        from lightning_fabric import Fabric
+        try:
+            from lightning_fabric import Fabric
+        except ImportError:
+            raise SystemExit("--fabric needs Lightning Fabric: pip install lightning-fabric") from None
 
         fabric = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if arguments.amp else "32-true")
         model, optimiser = fabric.setup(model, optimiser)

@@ -24,7 +24,7 @@ _interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "
 def _without_triton() -> str:
     # Found, not imported: importing it looks for a GPU driver.
     if not importlib.util.find_spec("triton"):
-        return "Triton is not installed (fused-inpaint[triton])"
+        return "Triton is not installed (pip install 'fused-inpaint[triton]')"
     if not (
         _interpreted or any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang", "cc") if name)
     ):

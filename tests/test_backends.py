@@ -179,4 +179,4 @@ def test_triton_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "_interpreted", True)
     assert _backends._without_triton() == ""
     monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
-    assert _backends._without_triton() == "Triton is not installed (fused-inpaint[triton])"
+    assert _backends._without_triton() == "Triton is not installed (pip install 'fused-inpaint[triton]')"

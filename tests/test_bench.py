@@ -188,4 +188,4 @@ def test_missing_packages(
     found = bench.find_spec
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == absent else found(name))
     assert main(["bench", *arguments]) == 2
-    assert capsys.readouterr().err.endswith(f"pip install fused-inpaint[{extra}]\n")
+    assert capsys.readouterr().err.endswith(f"pip install 'fused-inpaint[{extra}]'\n")

@@ -210,7 +210,7 @@ def test_without_scikit_image_it_says_so_and_goes_on(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.restoration", None)
     _, report = internal.restore(wavy(), box_hole(), steps=1, levels=3, width=8)
     assert set(report.psnr) == {"network", "smooth fill"}
-    assert len(report.notes) == 1 and "pip install 'fused_inpaint[demo]'" in report.notes[0]
+    assert len(report.notes) == 1 and "pip install 'fused-inpaint[demo]'" in report.notes[0]
 
 
 def test_a_hole_too_large_for_biharmonic_is_left_to_the_others(monkeypatch):

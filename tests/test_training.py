@@ -193,6 +193,34 @@ def test_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in log(out)] == list(range(1, last + 1))
 
 
+def test_interrupted_run_keeps_its_last_step(folder: Path, tmp_path: Path) -> None:
+    """From the command line, with a data process, which is interrupted, too."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fused_inpaint", "train", "pconv", "--data", str(folder), "--out", str(out)]
+    command += ["--size", "32", "--batch", "2", "--config", '{"levels": 2, "width": 4}', "--workers", "1"]
+    command += ["--log-every", "1", "--steps"]
+    process = subprocess.Popen(
+        [*command, "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    written = out / "log.jsonl"
+    while not (written.exists() and written.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error, error
+    (step,) = (int(path.stem[-7:]) for path in out.glob("checkpoint-*.pt"))
+    said = f"fused-inpaint train: interrupted, step {step} is saved, the same command goes on from there\n"
+    assert error.endswith(said) and not (out / "model.safetensors").exists()
+
+    done = subprocess.run([*command, str(step + 1)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"going on from step {step}\n" in done.stdout, done.stderr
+    assert [line["step"] for line in log(out)] == list(range(1, step + 2))
+    done = subprocess.run([*command, str(step)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"train: steps must be {step + 1} or more, where the run in {out} is, got {step}" in done.stderr
+
+
 def test_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
     recipe = small("pconv")
     calls = 0
@@ -361,7 +389,9 @@ def test_mistakes(change: dict[str, str], sentence: str, folder: Path, tmp_path:
     assert sorted(os.listdir()) == ["file"]
 
 
-@pytest.mark.parametrize("change", [["--config", "[]"], ["--ema", "1"], ["--workers", "-1"], ["--rate", "0"]])
+@pytest.mark.parametrize(
+    "change", [["--config", "[]"], ["--ema", "1"], ["--workers", "-1"], ["--rate", "0"], ["--size", "9000"]]
+)
 def test_bad_arguments(change: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "pconv", "--data", ".", "--out", "run", *change])

@@ -99,7 +99,6 @@ def test_sixteen_bits_stay_sixteen(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--factor", "2"], "weights must be the file of a trained network, got none; "),
         (["--factor", "2", "--weights", "absent.pth"], "absent.pth"),
         (
             ["--factor", "900", "--weights", "weights.safetensors"],

@@ -194,7 +194,7 @@ def test_one_work_at_a_time_and_waiting_is_stopped_too():
 def test_without_gradio_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["web"]) == 2
-    sentence = 'fused-inpaint web: gradio must be installed, it makes the page: pip install "fused-inpaint[web]"\n'
+    sentence = "fused-inpaint web: gradio must be installed, it makes the page: pip install 'fused-inpaint[web]'\n"
     assert capsys.readouterr().err == sentence
 
 

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"fused-inpaint {arguments.verb}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nfused-inpaint {arguments.verb}: interrupted, nothing written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nfused-inpaint {arguments.verb}: interrupted, {str(interrupt) or 'nothing written'}", file=sys.stderr)
         return 130
     return 0

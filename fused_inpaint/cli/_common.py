@@ -12,6 +12,8 @@ from typing import TextIO
 # models.registry has them, too; a parser should not wait for torch.
 MODELS = ("pconv", "cgan_pc_rn", "region_wise", "deepgin", "aot_gan")
 
+MOST_SIDE = 8944  # of a square, in pixels: images.MAX_MEGAPIXELS
+
 
 class UserError(Exception):
     """Something the user can put right; the text is one sentence."""
@@ -39,6 +41,13 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def side(text: str) -> int:
+    value = positive_int(text)
+    if value > MOST_SIDE:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_SIDE} pixels, got {text}")
+    return value
+
+
 class ProgressBar:
     """`bar(fraction, text)`: a bar that redraws itself on a terminal, a line every ten seconds elsewhere."""
 
@@ -49,7 +58,8 @@ class ProgressBar:
         self.stream = sys.stderr if stream is None else stream
         self.terminal = self.stream.isatty()
         self.interval = 0.1 if self.terminal else 10.0
-        self.started = self.last = time.monotonic()
+        self.started = time.monotonic()
+        self.last = self.started - (self.interval if self.terminal else 0)  # a terminal shows at once that work is done
         self.drawn = False
 
     def __call__(self, fraction: float, text: str) -> None:

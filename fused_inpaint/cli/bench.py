@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _report(benchmarks: Path, results: Path, out: Path) -> None:
     if find_spec("matplotlib") is None:
-        raise UserError("--report needs matplotlib: pip install fused-inpaint[report]")
+        raise UserError("--report needs matplotlib: pip install 'fused-inpaint[report]'")
     for name, folder in (("results", results), ("output", out)):
         if not folder.is_dir():
             raise UserError(f"{name} must be a folder, got {folder}")
@@ -69,7 +69,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     if arguments.results or arguments.output:
         raise UserError("--results and --output must come with --report")
     if missing := [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]:
-        raise UserError(f"the benchmarks need {' and '.join(missing)}: pip install fused-inpaint[test]")
+        raise UserError(f"the benchmarks need {' and '.join(missing)}: pip install 'fused-inpaint[test]'")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q"]
     command += ["--fused-save"] if arguments.save else []
     command += ["-k", arguments.k] if arguments.k else []

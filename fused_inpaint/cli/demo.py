@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SIDE = 256
 MOST_SECONDS = 150.0  # of both fits together; with start and end the demo then stays under three minutes
+LEAST_STEPS = 2  # the first is no measure of a step's time
 
 
 def add(verbs: Any) -> None:
@@ -28,11 +29,18 @@ def add(verbs: Any) -> None:
         "each fit cost.",
     )
     verb.add_argument("-o", "--output", default="demo.png", metavar="OUT", help="side-by-side picture (%(default)s)")
-    limit = f"time of both fits together (%(default)s, at most {MOST_SECONDS:.0f})"
-    verb.add_argument("--seconds", type=positive_float, default=90.0, help=limit)
+    limit = f"for the steps of both fits together, {LEAST_STEPS} at least (%(default)s, at most {MOST_SECONDS:.0f})"
+    verb.add_argument("--seconds", type=_seconds, default=90.0, help=limit)
     verb.add_argument("--steps", type=positive_int, help="at most so many training steps")
     verb.add_argument("--seed", type=seed, default=0)
     verb.set_defaults(run=run)
+
+
+def _seconds(text: str) -> float:
+    value = positive_float(text)
+    if value > MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_SECONDS:.0f}, got {text}")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,7 +63,7 @@ def _photograph() -> Any:
     try:
         from skimage import data
     except ImportError:
-        raise UserError("scikit-image must be installed, it has the photo: pip install 'fused_inpaint[demo]'") from None
+        raise UserError("scikit-image must be installed, it has the photo: pip install 'fused-inpaint[demo]'") from None
     from PIL import Image
 
     picture = Image.fromarray(data.astronaut()).resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -95,6 +103,7 @@ def _fits(truth: Tensor, known: Tensor, arguments: argparse.Namespace) -> dict[s
     job = {"image": image, "known": known, "side": SIDE}
     job |= {"seed": arguments.seed, "state": compare.initial_state(arguments.seed)}
     bar = ProgressBar("fitting both")
+    bar(0.0, "starting")
     try:
         results: dict[str, Any] = compare.compare(job, _clock(arguments, bar))
     except compare.FitError as error:
@@ -110,13 +119,14 @@ def _fits(truth: Tensor, known: Tensor, arguments: argparse.Namespace) -> dict[s
 
 
 def _clock(arguments: argparse.Namespace, bar: ProgressBar) -> Callable[[int], bool]:
-    started = time.monotonic()
+    started: list[float] = []  # once both stand before their first step
 
     def more(done: int) -> bool:
-        spent = (time.monotonic() - started) / min(arguments.seconds, MOST_SECONDS)
+        started[:] = started or [time.monotonic()]
+        spent = (time.monotonic() - started[0]) / arguments.seconds
         share = spent if arguments.steps is None else max(done / arguments.steps, spent)
-        bar(min(share, 1.0), f"step {done}")
-        return share < 1 or done < 2
+        bar(min(share, 1.0 if done >= LEAST_STEPS else done / LEAST_STEPS), f"step {done}")
+        return share < 1 or done < LEAST_STEPS
 
     return more
 

@@ -7,10 +7,21 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from ._common import MODELS, ProgressBar, UserError, positive_float, positive_int, seed
+from ._common import MODELS, ProgressBar, UserError, positive_float, positive_int, seed, side
+
+if TYPE_CHECKING:
+    from ..training.loop import Trainer
+
+VGG_TERMS = ("correlation", "perceptual", "style")
+# What torch says when there is no memory left, and when the system killed a data process for it.
+NO_MEMORY = ("allocate memory", "out of memory", "DataLoader worker")
 
 
 def add(verbs: Any) -> None:
@@ -27,7 +38,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("--hole", choices=("white", "black"), default="white", help="colour of holes in --masks")
     verb.add_argument("--out", required=True, metavar="RUN", help="folder of checkpoints, log, samples and the result")
     verb.add_argument("--steps", type=positive_int, default=100_000, help="(%(default)s)")
-    verb.add_argument("--size", type=positive_int, help="side of the training squares in pixels (the paper's)")
+    verb.add_argument("--size", type=side, help="side of the training squares in pixels (the paper's)")
     verb.add_argument("--batch", type=positive_int, help="of one process (the paper's)")
     verb.add_argument("--accumulate", type=positive_int, default=1, help="batches for one step (%(default)s)")
     verb.add_argument("--rate", type=positive_float, help="learning rate of the network (the paper's)")
@@ -111,17 +122,39 @@ def _train(arguments: argparse.Namespace, device: str, first: bool) -> None:
         trainer = loop.Trainer(recipe, data, out, options)
         if first:
             _say(arguments, recipe, data, trainer)
-        trainer.run(bar if first else lambda fraction, text: None)
+        with _interruptible(trainer):
+            trainer.run(bar if first else lambda fraction, text: None)
     except (images.ImageError, loop.TrainingError, ValueError, TypeError) as error:
         raise UserError(str(error)) from None
-    except RuntimeError as error:
-        if "allocate memory" in str(error) or "out of memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
             raise UserError("batch and size must fit into memory, got none left; --batch, --size, --amp") from None
         raise
     finally:
         bar.close()
+    if trainer.step < options.steps:
+        raise KeyboardInterrupt(f"step {trainer.step} is saved, the same command goes on from there")
     if first:
         print(f"{out / 'model.safetensors'}: {recipe.key} after {options.steps} steps")
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C ends the run after its step, with a checkpoint; another one at once. Not in one of several
+    processes, which would wait for each other."""
+    if trainer.world > 1:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        trainer.stop()
+        signal.signal(signal.SIGINT, former)
+
+    former = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _say(arguments: argparse.Namespace, recipe: Any, data: Any, trainer: Any) -> None:
@@ -129,6 +162,7 @@ def _say(arguments: argparse.Namespace, recipe: Any, data: Any, trainer: Any) ->
     print(f"{len(data)} photos{skipped}; {recipe.key}, {recipe.size}x{recipe.size}, batch {recipe.batch}")
     if arguments.vgg is None:
         instead = "".join(f", {name} at {factor:g}" for name, factor in recipe.without_vgg.items())
-        print(f"no --vgg: trained without the perceptual and style terms of the paper{instead}")
+        left_out = " and ".join(name for name in recipe.weights if name in VGG_TERMS)
+        print(f"no --vgg: trained without the paper's terms {left_out}{instead}")
     if trainer.resumed_from:
         print(f"going on from step {trainer.resumed_from}")

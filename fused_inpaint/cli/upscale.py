@@ -22,7 +22,9 @@ def add(verbs: Any) -> None:
     verb.add_argument("-o", "--output", required=True, metavar="OUT", help="PNG or TIFF")
     verb.add_argument("--factor", type=_factor, required=True, metavar="K", help="times as wide and high, from 2 on")
     verb.add_argument("--model", choices=MODELS, help="the network of --weights (what the file says, else pconv)")
-    verb.add_argument("--weights", metavar="FILE", help="a checkpoint, ours or a published one")
+    # Of photos shrunk by averaging, a smooth fill makes no more than bicubic enlargement does; and where no known pixel
+    # has a known neighbour, internal learning has nothing to learn from.
+    verb.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, ours or a published one")
     verb.add_argument(
         "--strategy", choices=("whole", "tile"), default="whole", help="tile: for results that are large (%(default)s)"
     )
@@ -41,12 +43,6 @@ def _factor(text: str) -> int:
 def run(arguments: argparse.Namespace) -> None:
     from .. import completion, images
 
-    if arguments.weights is None:
-        # Of photos shrunk by averaging, a smooth fill makes no more than bicubic enlargement does; and where no known
-        # pixel has a known neighbour, internal learning has nothing to learn from.
-        raise UserError(
-            "weights must be the file of a trained network, got none; what needs no network, any image editor does"
-        )
     try:
         images.check_output(arguments.output, (arguments.photo,))
         photo = images.read_photo(arguments.photo)

@@ -59,7 +59,7 @@ def _port(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
-        raise UserError('gradio must be installed, it makes the page: pip install "fused-inpaint[web]"')
+        raise UserError("gradio must be installed, it makes the page: pip install 'fused-inpaint[web]'")
     with _listener(arguments.host, arguments.port) as listener, _own_folder(), _ended_by_signals():
         methods = _methods(arguments)
         from .. import web

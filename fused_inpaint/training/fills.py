@@ -100,7 +100,7 @@ def biharmonic(image: Tensor, known: Tensor, where: Tensor | None = None) -> Ten
         from skimage.restoration import inpaint_biharmonic
     except ImportError:
         raise CannotFillError(
-            "biharmonic is left out, scikit-image is not installed: pip install 'fused_inpaint[demo]'"
+            "biharmonic is left out, scikit-image is not installed: pip install 'fused-inpaint[demo]'"
         ) from None
 
     hole = (known[0, 0] <= 0).numpy()

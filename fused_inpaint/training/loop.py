@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.step = 0
         self.resumed_from = self._resume()
+        if self.step > options.steps:
+            raise TrainingError(f"steps must be {self.step} or more, where the run in {out} is, got {options.steps}")
+        self._stopped = False
         self._frozen = False
         if dist.is_initialized():
             _set_group(self.model, dist.group.WORLD)
@@ -97,12 +101,12 @@ class Trainer:
         history: list[Terms] = []
         begun = time.perf_counter()
         try:
-            while self.step < options.steps:
+            while self.step < options.steps and not self._stopped:
                 stage, rate = recipe.at(self.step, options.steps)
                 history.append(self._one_step(batches, stage, rate))
                 self.step += 1
                 last = self.step == options.steps
-                saves = last or self.step % options.save_every == 0
+                saves = last or self._stopped or self.step % options.save_every == 0
                 if saves or self.step % options.log_every == 0:
                     seconds, begun = (time.perf_counter() - begun) / len(history), time.perf_counter()
                     means = self._checked(history)
@@ -114,11 +118,15 @@ class Trainer:
                     self._sample()
                 if self.rank == 0 and saves:
                     self._save()
-            if self.rank == 0:
+            if self.rank == 0 and self.step == options.steps:
                 self._finish()
         finally:
             if log is not None:
                 log.close()
+
+    def stop(self) -> None:
+        """End `run` after the step that it is in, with a checkpoint; to be called from a signal handler."""
+        self._stopped = True
 
     @property
     def weights(self) -> dict[str, float]:
@@ -191,6 +199,7 @@ class Trainer:
             num_workers=options.workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=options.workers > 0,
+            worker_init_fn=_leave_interrupts,
         )
         return iter(loader)
 
@@ -362,6 +371,11 @@ def _set_group(module: nn.Module, group: Any) -> None:
 
 def _checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-*.pt"))
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C goes to all processes; what a data process does then is the training process's to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _add(to: Terms, terms: Terms, parts: int) -> None:

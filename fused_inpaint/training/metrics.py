@@ -79,7 +79,7 @@ class Similarity:
             from skimage.metrics import structural_similarity
         except ImportError:
             raise UnavailableError(
-                "SSIM is left out, scikit-image is not installed: pip install 'fused_inpaint[evaluate]'"
+                "SSIM is left out, scikit-image is not installed: pip install 'fused-inpaint[evaluate]'"
             ) from None
         self._ssim = structural_similarity
 
