@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark baselines compute what the published layers and network computed."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 import vectors
-from torch import Tensor
+from cases import assert_close
+from torch import Tensor, nn
 
+from fused_inpaint import baselines, ops, use_backend
 from fused_inpaint.baselines import FullChannelPartialConv2d, NvidiaPartialConv2d, PConvUNet
+from fused_inpaint.nn import (
+    LearnedRegionNorm2d,
+    PyramidConv2d,
+    RegionConv2d,
+    RegionNorm2d,
+    SelfAttention2d,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -103,3 +114,110 @@ def test_parameter_fill() -> None:
         np.testing.assert_allclose(
             [values[-1], values.sum(), abs(values).sum()], [case["last"], case["sum"], case["sum_abs"]], rtol=1e-12
         )
+
+
+class GramL1(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return ops.gram_l1(a, b, over="positions")
+
+
+X, OTHER, MASK = (4, 8, 12, 10), (4, 4, 12, 10), (4, 1, 12, 10)  # MASK: zeros and ones
+
+
+def same(*names: str) -> Callable[[nn.Module], list[Tensor]]:
+    return lambda module: [module.get_parameter(name) for name in names]
+
+
+def joined(names: list[str]) -> Callable[[nn.Module], list[Tensor]]:
+    """Weights of several layers as one, and their biases."""
+    return lambda module: [
+        torch.cat([module.get_parameter(f"{n}.{kind}") for n in names]) for kind in ("weight", "bias")
+    ]
+
+
+def attention(module: nn.Module) -> list[Tensor]:
+    return [*joined(["theta", "phi", "g"])(module), *joined(["W"])(module)]
+
+
+def learned(module: nn.Module) -> list[Tensor]:
+    return list(module.parameters())
+
+
+INPUT = {"padding": 1, "select": "input", "missing_channels": 4, "padding_mode": "reflect", "activation": "elu"}
+# (as published, ours, the published parameters as ours has them, sizes of the inputs)
+PUBLISHED = {
+    "region norm": (
+        lambda: baselines.TwoPassRegionNorm2d(8),
+        lambda: RegionNorm2d(8, shared_bias=True),
+        same("weight", "bias"),
+        (X, MASK),
+    ),
+    "learned region norm": (
+        lambda: baselines.TwoPassLearnedRegionNorm2d(8, 0.5),
+        lambda: LearnedRegionNorm2d(8, 0.5),
+        learned,
+        (X,),
+    ),
+    "region conv, input": (
+        lambda: baselines.DenseRegionConv2d(8, 4, 6),
+        lambda: RegionConv2d(8, 6, 3, **INPUT),
+        same("conv.weight", "conv.bias"),
+        (X, MASK, OTHER),
+    ),
+    "region conv, input, upsampled": (
+        lambda: baselines.DenseRegionConv2d(8, 4, 6, 2),
+        lambda: RegionConv2d(8, 6, 3, upsample=2, **INPUT),
+        same("conv.weight", "conv.bias"),
+        (X, MASK, OTHER),
+    ),
+    "region conv, output": (
+        lambda: baselines.TwoFilterConv2d(8, 6),
+        lambda: RegionConv2d(8, 6, 3, padding=1),
+        same("weight", "bias"),
+        (X, MASK),
+    ),
+    "pyramid": (
+        lambda: baselines.SeparateBranches(8, (1, 2)),
+        lambda: PyramidConv2d(8, (1, 2)),
+        joined(["block00.1", "block01.1"]),
+        (X,),
+    ),
+    "attention": (lambda: baselines.NonLocalBlock(8), lambda: SelfAttention2d(8), attention, (X,)),
+    "correlation": (baselines.CorrelationL1, GramL1, learned, (X, X)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layers(name: str) -> None:
+    """Each rival of the benchmarks computes what the op's reference does, gradients of the inputs too."""
+    theirs, ours, parameters, sizes = PUBLISHED[name]
+    torch.manual_seed(0)
+    theirs, ours = theirs().double(), ours().double()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(0.3 * torch.randn_like(p))
+        taken = parameters(theirs)
+        assert len(taken) == len(list(ours.parameters()))
+        for mine, other in zip(ours.parameters(), taken, strict=True):
+            mine.copy_(other.view_as(mine))
+    inputs = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in sizes]
+    if MASK in sizes:
+        inputs[1] = (torch.rand(MASK) > 0.4).double()
+
+    def found(layer: nn.Module) -> list[Tensor]:
+        y = layer(*inputs)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+        wanted = [t for t in inputs if t.requires_grad]
+        return [y.detach(), *torch.autograd.grad((y * g).sum(), wanted)]
+
+    with use_backend("reference"):
+        expected = found(ours)
+    for actual, right in zip(found(theirs), expected, strict=True):
+        assert right.abs().max() > 1e-3
+        assert_close(actual, right, 1e-10)
+
+
+def test_two_mask_channels_are_refused() -> None:
+    net = PConvUNet("nvidia", 2, 4)
+    with pytest.raises(ValueError, match=r"^PConvUNet: mask must have 1 channel for kind 'nvidia', got 3$"):
+        net(torch.rand(1, 3, 8, 8), torch.ones(1, 3, 8, 8))

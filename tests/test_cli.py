@@ -255,7 +255,11 @@ def test_convert(folder, weights, capsys):
     assert inpaint("--weights", "ours.safetensors") == 0
     ours = fused_inpaint.models.PConv.from_pretrained("ours.safetensors")
     assert ours.config["levels"] == 3
+    torch.save({"odd.weight": torch.zeros(1)}, "odd.pth")
+    before = sorted(os.listdir())
     for options, sentence in (
+        (["odd.pth", "-o", "odd.safetensors"], "input must be of a known source, got none that its keys tell"),
+        (["ours.safetensors", "-o", "ours.safetensors"], "output must be another file than the input, got ours.saf"),
         (["published.pth", "-o", "ours.pth"], "output must end in .safetensors, got ours.pth"),
         (["mask.png", "-o", "ours.safetensors"], "path must be a checkpoint of nothing but tensors, got mask.png"),
         (["published.pth", "-o", "ours.safetensors", "--from", "nvidia", "--model", "pconv"], "source must be one of"),
@@ -264,3 +268,4 @@ def test_convert(folder, weights, capsys):
         assert main(["convert", *options]) == 2
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1
+    assert sorted(os.listdir()) == before

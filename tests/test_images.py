@@ -200,6 +200,30 @@ def test_outputs_are_refused_before_any_work(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["folder.png", "in.png"]
 
 
+@pytest.mark.parametrize("shift", [0, -1, 70000])
+def test_grey_of_32_bits_is_that_of_16_where_it_fits(tmp_path, shift):
+    """Pillow reads some 16-bit files as of 32."""
+    values = np.arange(HIGH * WIDE, dtype=np.int32).reshape(HIGH, WIDE) * 100 + shift
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    if shift == 0:
+        np.testing.assert_array_equal(images.read_photo(tmp_path / "deep.tif").pixels, values)
+        return
+    with pytest.raises(ImageError, match=r"^photo must be RGB, .* got mode I in "):
+        images.read_photo(tmp_path / "deep.tif")
+
+
+def test_refusals_of_masks_and_folders(tmp_path, monkeypatch):
+    with pytest.raises(ImageError, match=r"^hole must be white or black, got grey$"):
+        images.read_hole(tmp_path / "m.png", "grey")
+
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.tempfile, "NamedTemporaryFile", full)
+    with pytest.raises(ImageError, match=r"^output must be in a writable folder, got .* \(No space left on device\)$"):
+        images.check_output(tmp_path / "out.png")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")], ids=["Ctrl-C", "disk full"])
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, error):
     (tmp_path / "out.png").write_text("the old file")

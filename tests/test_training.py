@@ -390,6 +390,44 @@ def test_mistakes(change: dict[str, str], sentence: str, folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        RuntimeError("of another kind"),
+    ],
+    ids=lambda error: str(error)[:20] or "MemoryError",
+)
+def test_no_memory_is_one_sentence(error: Exception, folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def run(trainer: loop.Trainer, progress: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop.Trainer, "run", run)
+    command = [
+        "train",
+        "pconv",
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path / "run"),
+        "--size",
+        "32",
+        "--workers",
+        "0",
+    ]
+    command += ["--batch", "2", "--config", '{"levels": 2, "width": 4}']
+    if "another" in str(error):
+        with pytest.raises(RuntimeError, match="another kind"):
+            main(command)
+        return
+    assert main(command) == 2
+    assert capsys.readouterr().err == (
+        "fused-inpaint train: batch and size must fit into memory, got none left; --batch, --size, --amp\n"
+    )
+
+
+@pytest.mark.parametrize(
     "change", [["--config", "[]"], ["--ema", "1"], ["--workers", "-1"], ["--rate", "0"], ["--size", "9000"]]
 )
 def test_bad_arguments(change: list[str]) -> None:
