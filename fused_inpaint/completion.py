@@ -40,7 +40,8 @@ class InternalLearning:
         result, report = internal.restore(
             image, known, seconds=self.seconds, steps=self.steps, seed=self.seed, progress=progress
         )
-        how = f"{report.sentence()} ({report.steps} steps, {report.seconds:.0f} s)"
+        steps = "1 step" if report.steps == 1 else f"{report.steps} steps"
+        how = f"{report.sentence()} ({steps}, {report.seconds:.0f} s)"
         return Completion(result, how, report.notes)
 
 

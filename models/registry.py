@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks by their keys."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +20,17 @@ def _variants(key: str, **classes: type[Any]) -> Callable[..., Any]:
     def build(variant: str = next(iter(classes)), **config: Any) -> Any:
         if variant not in classes:
             raise ValueError(f"{key}: variant must be {' or '.join(classes)}, got {variant}")
-        return classes[variant](**config)
+        return _made(key, classes[variant], config)
 
     return build
+
+
+def _made(key: str, build: Callable[..., Any], config: dict[str, Any]) -> Any:
+    if isinstance(build, type):
+        names = list(inspect.signature(build).parameters)
+        if strange := [name for name in config if name not in names]:
+            raise ValueError(f"{key}: configuration must be of {', '.join(names)}, got {strange[0]}")
+    return build(**config)
 
 
 MODELS: dict[str, Callable[..., InpaintingModel]] = {
@@ -50,12 +59,12 @@ def build_model(key: str, **config: Any) -> InpaintingModel:
     >>> sum(p.numel() for p in model.parameters() if p.dim() == 4)
     32848849
     """
-    return known("build_model", key, MODELS)(**config)
+    return _made(key, known("build_model", key, MODELS), config)
 
 
 def build_discriminator(key: str, **config: Any) -> Discriminator:
     """The discriminator that the network of this key is trained against, with fresh weights."""
-    return known("build_discriminator", key, DISCRIMINATORS)(**config)
+    return _made(key, known("build_discriminator", key, DISCRIMINATORS), config)
 
 
 def known(function: str, key: str, table: Mapping[str, Any]) -> Any:

@@ -58,6 +58,30 @@ def test_black_holes(folder):
     np.testing.assert_array_equal(after[:10], before[:10])
 
 
+def test_a_mask_that_may_be_the_wrong_way_round_is_mentioned_once(folder, weights, capsys):
+    Image.fromarray(255 - read("mask.png")).save("mask.png")
+    for name in ("photos", "masks"):
+        os.mkdir(name)
+        for i in range(2):
+            os.link(f"{name[:-1]}.png", f"{name}/{i}.png")
+    command = ["inpaint", "photos", "--mask", "masks", "-o", "restored", "--weights", weights]
+    assert main(command) == 0
+    noted = [line for line in capsys.readouterr().err.splitlines() if "as hole" in line]
+    share = (read("mask.png") > 0).mean()
+    assert noted == [
+        f"fused-inpaint inpaint: masks/0.png marks {share:.0%} of its photo as hole; "
+        "if holes are black, say --hole black"
+    ]
+    assert main([*command, "--hole", "black"]) == 0
+    assert "as hole" not in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"fused-inpaint {fused_inpaint.__version__}\n"
+
+
 def test_weights_are_one_forward_pass(folder, capsys):
     torch.manual_seed(0)
     model = fused_inpaint.models.build_model("pconv", levels=3, width=8).eval()
@@ -94,9 +118,20 @@ def test_hole_out_of_the_networks_reach_is_reported_and_filled(folder, capsys):
             ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "none.pth"),
             "path must be an existing file",
         ),
-        (("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "mask.png"), "path must be a checkpoint"),
+        (
+            ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "mask.png"),
+            "path must be a whole checkpoint (",
+        ),
+        (
+            ("photo.png", "--mask", "mask.png", "-o", "out.png", "--strategy", "tile", "--size", "9"),
+            "--strategy and --size must come with --weights",
+        ),
+        (
+            ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "none.pth", "--seconds", "4"),
+            "--seconds must come without --weights",
+        ),
     ],
-    ids=["photo", "mask size", "jpg", "folder", "overwrite", "no weights", "bad weights"],
+    ids=["photo", "mask size", "jpg", "folder", "overwrite", "no weights", "bad weights", "no network", "no fitting"],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(folder, capsys, arguments, sentence):
     Image.new("L", (5, 5)).save("small.png")
@@ -256,12 +291,17 @@ def test_convert(folder, weights, capsys):
     ours = fused_inpaint.models.PConv.from_pretrained("ours.safetensors")
     assert ours.config["levels"] == 3
     torch.save({"odd.weight": torch.zeros(1)}, "odd.pth")
+    torch.save({"step": 1, "key": "pconv", "model": {}, "optimiser": {}}, "checkpoint.pt")
     before = sorted(os.listdir())
     for options, sentence in (
+        (["checkpoint.pt", "-o", "odd.safetensors"], "got a state of its training in checkpoint.pt; model.safetensors"),
         (["odd.pth", "-o", "odd.safetensors"], "input must be of a known source, got none that its keys tell"),
         (["ours.safetensors", "-o", "ours.safetensors"], "output must be another file than the input, got ours.saf"),
         (["published.pth", "-o", "ours.pth"], "output must end in .safetensors, got ours.pth"),
-        (["mask.png", "-o", "ours.safetensors"], "path must be a checkpoint of nothing but tensors, got mask.png"),
+        (
+            ["mask.png", "-o", "ours.safetensors"],
+            "path must be a whole checkpoint (.pth, .safetensors, .npz), got mask.png",
+        ),
         (["published.pth", "-o", "ours.safetensors", "--from", "nvidia", "--model", "pconv"], "source must be one of"),
         (["published.pth", "-o", "none/ours.safetensors"], "output must be in an existing folder"),
     ):

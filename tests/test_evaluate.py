@@ -444,7 +444,7 @@ def test_masks_of_a_folder_from_the_command_line(photos, weights, capsys):
         (("--data", "absent"), "data must be an existing folder, got absent"),
         (("--data", "empty"), "data must hold pictures, got none"),
         (("--weights", "absent.pth"), "path must be an existing file"),
-        (("--weights", "photos/a.png"), "path must be a checkpoint"),
+        (("--weights", "photos/a.png"), "path must be a whole checkpoint"),
         (("--masks", "empty"), "masks must be a folder with pictures, got none in empty"),
         (("--out", "no/run"), "out must be in an existing folder, got no/run"),
         (("--out", "photos/a.png"), "out must be a folder, got the file photos/a.png"),

@@ -91,11 +91,11 @@ REFUSED = {
     "weight rank": (dict(weight=ones(8, 32, 3)), "weight must be (O, C / groups, kh, kw), got (8, 32, 3)"),
     "weight channels": (
         dict(weight=ones(8, 31, 3, 3)),
-        "weight must be (a multiple of 1, 32 / 1, kh, kw) for x of 32 channels, got (8, 31, 3, 3)",
+        "x must be of 31 channels for a weight of (8, 31, 3, 3), got 32",
     ),
     "weight groups": (
         dict(groups=4),
-        "weight must be (a multiple of 4, 32 / 4, kh, kw) for x of 32 channels, got (8, 32, 3, 3)",
+        "x must be of 128 channels for a weight of (8, 32, 3, 3) in 4 groups, got 32",
     ),
     "weight outputs": (
         dict(weight=ones(9, 16, 3, 3), bias=None, groups=2),
@@ -126,7 +126,7 @@ REFUSED = {
     ),
     "norm of one value": (
         dict(x=ones(1, 32, 3, 3), mask=None, bias=None, padding=0, batch_norm=norm()),
-        "x must be more than one value per channel for batch statistics, got 1",
+        "x must be more than one value per channel for batch statistics, got 1 (.eval() takes none)",
     ),
     "groups": (dict(groups=0), "groups must be a positive int, 1 with several sources, got 0"),
     "groups of several": (

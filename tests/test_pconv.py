@@ -359,7 +359,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no checkpoint")
     for given, part in [
         (tmp_path / "absent.pth", "path must be an existing file"),
-        (tmp_path / "text.pth", "path must be a checkpoint of nothing but tensors"),
+        (tmp_path / "text.pth", r"path must be a whole checkpoint \(.pth, .safetensors, .npz\)"),
         ({"a": torch.zeros(1)}, "checkpoint must be one of a known source"),
         ({}, "checkpoint must be a mapping of names to tensors"),
     ]:

@@ -375,7 +375,7 @@ def test_workers_give_the_same(folder: Path, tmp_path: Path) -> None:
         ({"--masks": "none"}, "masks must be an existing folder, got none"),
         ({"--vgg": "none.pth"}, "VGG: weights must be a checkpoint of nothing but tensors, got none.pth"),
         ({"--config": '{"levels": 0}'}, "pconv: levels must be 1 or more, got 0"),
-        ({"--config": '{"depth": 2}'}, "unexpected keyword argument 'depth'"),
+        ({"--config": '{"depth": 2}'}, "pconv: configuration must be of levels, channels, width"),
         ({"--out": "file"}, "out must be a folder, got the file file"),
     ],
 )

@@ -206,7 +206,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder, monkeypatch, capsys):
             (["--port", port], f"port must be free, got {port}, which is in use"),
             (["--port", "0", "--host", "203.0.113.1"], "host must be an address of this machine, got 203.0.113.1"),
             (["--port", "0", "--weights", "none.pth"], "path must be an existing file"),
-            (["--port", "0", "--weights", "aot_gan=photo.png"], "path must be a checkpoint"),
+            (["--port", "0", "--weights", "aot_gan=photo.png"], "path must be a whole checkpoint"),
         ):
             assert main(["web", *arguments]) == 2
             error = capsys.readouterr().err

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .. import __version__
 from . import bench, convert, demo, evaluate, info, inpaint, masks, train, upscale, web
 from ._common import UserError
 
@@ -13,6 +14,7 @@ from ._common import UserError
 def parser() -> argparse.ArgumentParser:
     about = "Image inpainting on fused partial-convolution kernels."
     root = argparse.ArgumentParser(prog="fused-inpaint", description=about)
+    root.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in (info, demo, inpaint, web, convert, masks, train, evaluate, upscale, bench):
         verb.add(verbs)

@@ -14,6 +14,8 @@ from ._common import MODELS, ProgressBar, UserError, positive_float, positive_in
 if TYPE_CHECKING:
     from ..completion import Method
 
+LARGE_HOLE = 0.6  # of the photo; no paper's masks have more
+
 
 def add(verbs: Any) -> None:
     verb = verbs.add_parser(
@@ -32,14 +34,13 @@ def add(verbs: Any) -> None:
     verb.add_argument(
         "--strategy",
         choices=("whole", "resize", "tile", "crop", "subsample"),
-        default="whole",
-        help="how --weights treats photos larger than --size (%(default)s)",
+        help="how --weights treats photos larger than --size (whole)",
     )
-    verb.add_argument("--size", type=positive_int, default=512, help="pixels, of --strategy (%(default)s)")
-    verb.add_argument("--overlap", type=positive_int, default=64, help="pixels, of --strategy (%(default)s)")
-    verb.add_argument("--seconds", type=positive_float, default=60.0, help="time for fitting (%(default)s)")
+    verb.add_argument("--size", type=positive_int, help="pixels, of --strategy (512)")
+    verb.add_argument("--overlap", type=positive_int, help="pixels, of --strategy (64)")
+    verb.add_argument("--seconds", type=positive_float, help="time for fitting (60)")
     verb.add_argument("--steps", type=positive_int, help="training steps, instead of --seconds")
-    verb.add_argument("--seed", type=seed, default=0)
+    verb.add_argument("--seed", type=seed, help="of fitting (0)")
     verb.set_defaults(run=run)
 
 
@@ -49,11 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
     jobs = _jobs(arguments)
     method = _method(arguments)
     failed: list[str] = []
+    large: list[float] = []
     bar = ProgressBar("photos")
     try:
         for done, (photo, mask, output) in enumerate(jobs):
             try:
-                line = _fill(photo, mask, output, arguments.hole, method)
+                line = _fill(photo, mask, output, arguments.hole, method, large)
             except images.ImageError as error:
                 if len(jobs) == 1:
                     raise UserError(str(error)) from None
@@ -70,14 +72,22 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _fill(photo_path: Path, mask_path: Path, output: Path, hole: str, method: Method) -> str:
-    from .. import images
+def _fill(photo_path: Path, mask_path: Path, output: Path, hole: str, method: Method, large: list[float]) -> str:
+    """What filled it. `large`: the shares of the large holes so far, of which the first is mentioned."""
+    from .. import images, masks
 
     images.check_output(output, (photo_path, mask_path))
     photo = images.read_photo(photo_path)
     known, note = images.read_mask(mask_path, photo.size, hole)
     if note:
         print(f"fused-inpaint inpaint: {note}", file=sys.stderr)
+    share = masks.hole_ratio(known)
+    if share > LARGE_HOLE:
+        large.append(share)
+        if len(large) == 1:
+            other = "black" if hole == "white" else "white"
+            much = f"{mask_path} marks {share:.0%} of its photo as hole"
+            print(f"fused-inpaint inpaint: {much}; if holes are {other}, say --hole {other}", file=sys.stderr)
     try:
         with closing(ProgressBar("filling")) as bar:
             result, how, notes = method(photo.tensor(), known, bar)
@@ -94,12 +104,18 @@ def _fill(photo_path: Path, mask_path: Path, output: Path, hole: str, method: Me
 def _method(arguments: argparse.Namespace) -> Method:
     from .. import completion
 
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    network, fitting = (
+        {name: given[name] for name in names if name in given}
+        for names in (("model", "strategy", "size", "overlap"), ("seconds", "steps", "seed"))
+    )
+    if strange := fitting if arguments.weights else network:
+        names = " and ".join(f"--{name}" for name in strange)
+        raise UserError(f"{names} must come {'without' if arguments.weights else 'with'} --weights")
     if not arguments.weights:
-        return completion.InternalLearning(arguments.seconds, arguments.steps, arguments.seed)
+        return completion.InternalLearning(**fitting)
     try:
-        return completion.Network(
-            arguments.weights, arguments.model, arguments.strategy, arguments.size, arguments.overlap
-        )
+        return completion.Network(arguments.weights, network.pop("model", None), **network)
     except ValueError as error:
         raise UserError(str(error)) from None
 

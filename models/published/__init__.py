@@ -102,6 +102,9 @@ def _own_names(key: str, part: str) -> tuple[str, ...]:
     return tuple({f"{k.split('.')[0]}." for k in model.state_dict()})
 
 
+SUFFIXES = ".pth, .safetensors, .npz"
+
+
 def _read(given: str | PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """(what the file holds, what this library recorded in it about the network)"""
     if isinstance(given, Mapping):
@@ -117,9 +120,24 @@ def _read(given: str | PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, 
     except FileNotFoundError:
         raise ValueError(f"load_published: path must be an existing file, got {path}") from None
     except Exception as error:  # whatever the readers raise, the cause stays attached
-        raise ValueError(f"load_published: path must be a checkpoint of nothing but tensors, got {path}") from error
+        what = "checkpoint of nothing but tensors" if _is_pickled(path) else f"whole checkpoint ({SUFFIXES})"
+        raise ValueError(f"load_published: path must be a {what}, got {path}") from error
     require(isinstance(loaded, Mapping), "path", "a checkpoint with a state dict", type(loaded).__name__)
+    if {"step", "key", "model", "optimiser"} <= loaded.keys():
+        raise ValueError(
+            f"load_published: path must be a network's weights, got a state of its training in {path}; "
+            "model.safetensors beside it, written at the end, has them"
+        )
     return loaded, {}
+
+
+def _is_pickled(path: str) -> bool:
+    """Whether it begins as a file of torch.save does, in a zip archive or as it was before."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1) in (b"P", b"\x80")
+    except OSError:  # a folder
+        return False
 
 
 def _tensors(given: Mapping[str, Any]) -> dict[str, Any]:

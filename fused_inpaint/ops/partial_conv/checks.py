@@ -111,7 +111,11 @@ def _check_parameters(op: str, weight: Tensor, bias: Tensor | None, channels: in
     if weight.dim() != 4 or weight.size(2) < 1 or weight.size(3) < 1:
         taps = " with a kernel of at least 1 x 1" if weight.dim() == 4 else ""
         raise error(op, "weight", f"(O, C / groups, kh, kw){taps}", tuple(weight.shape))
-    if weight.size(1) * groups != channels or weight.size(0) % groups:
+    if weight.size(1) * groups != channels and weight.size(0) % groups == 0:
+        within = f" in {groups} groups" if groups > 1 else ""
+        expected = f"of {weight.size(1) * groups} channels for a weight of {tuple(weight.shape)}{within}"
+        raise error(op, "x", expected, channels)
+    if weight.size(0) % groups:
         expected = f"(a multiple of {groups}, {channels} / {groups}, kh, kw) for x of {channels} channels"
         raise error(op, "weight", expected, tuple(weight.shape))
     if bias is not None and bias.shape != (weight.size(0),):

@@ -38,7 +38,7 @@ def run(
     inner = torch.float32 if dtype != torch.float64 and _trains_gain(epilogue.norm) else dtype
     call = _describe(sources, weight, inner, geometry, epilogue, fold)
     if call.batch_statistics and call.rows == 1:
-        raise error(op, "x", "more than one value per channel for batch statistics", 1)
+        raise error(op, "x", "more than one value per channel for batch statistics", "1 (.eval() takes none)")
     kernel = routes.choose(op, call)
     # "direct" and "triton" sum the masks in the same launch, in whatever type they come.
     if window is None and kernel in ("vendor", "reference"):
