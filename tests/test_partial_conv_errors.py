@@ -283,7 +283,7 @@ def test_layers() -> None:
     )
     refused("PartialUpConv2d: kernel_size must be an odd int, got 4", lambda: PartialUpConv2d(3, 4, 5, 4))
     with pytest.raises(
-        ValueError, match=r"^partial_conv2d: weight must be .* for x of 2 channels, got \(4, 3, 3, 3\)$"
+        ValueError, match=r"^partial_conv2d: x must be of 3 channels for a weight of \(4, 3, 3, 3\), got 2$"
     ):
         PartialConv2d(3, 4, 3)(torch.zeros(1, 2, 8, 8))
 
