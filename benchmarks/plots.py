@@ -22,19 +22,25 @@ LAYOUT = re.compile(r" (nchw|channels_last)$")
 FLOOR = re.compile(r"U-Net (\d+) (\w+), (b\d+): .* floor of ([\d.]+) ms")
 APART = ("graphed", "bf16")  # prefixes of rivals that are compared with ours of the same prefix
 COLOURS = {
-    "plain": "tab:grey",
-    "full-channel": "tab:red",
-    "nvidia": "tab:green",
     "ours": "tab:blue",
-    "published": "tab:red",
-    "eager": "tab:red",
-    "dense": "tab:red",
+    "plain": "tab:grey",
+    "naive, full-channel": "tab:red",
+    "nvidia": "tab:green",
+    "as published": "tab:pink",
     "both filters": "tab:orange",
-    "batch norm": "tab:grey",
-    "eager full-channel": "tab:red",
-    "eager nvidia": "tab:green",
+    "batch norm": "black",
     "convolutions alone": "tab:brown",
 }
+# What is the same in different rows has one label.
+LABELS = {
+    "full-channel": "naive, full-channel",
+    "eager full-channel": "naive, full-channel",
+    "eager nvidia": "nvidia",
+    "published": "as published",
+    "eager": "as published",
+    "dense": "as published",
+}
+FLOOR_LABEL = "floor: least time of the device"
 STYLES = {"": "o", "prepacked": "D", "compiled": "^", "frozen": "v"}
 
 
@@ -90,8 +96,10 @@ def ratios(row: dict[str, Any], floor: float | None = None) -> Iterator[tuple[st
 
 def _marker(form: str) -> dict[str, Any]:
     how, _, base = form.rpartition(" ") if form.rpartition(" ")[0] in STYLES else ("", "", form)
+    base = LABELS.get(base, base)
     colour = COLOURS.get(base, "tab:purple")
-    return {"marker": STYLES[how], "color": colour, "markerfacecolor": "none" if how else colour, "label": form}
+    label = f"{how} {base}".strip()
+    return {"marker": STYLES[how], "color": colour, "markerfacecolor": "none" if how else colour, "label": label}
 
 
 def _units(axes: Axes, axis: str) -> None:
@@ -123,6 +131,9 @@ def layers(machine: Machine) -> Figure | None:
                     panel.setdefault(form, {})[found[1]] = ratio
     if not kinds:
         return None
+    # Beside curves, a panel of two layers would be mostly white; they are in the files.
+    curves = {kind: forms for kind, forms in kinds.items() if len({layer for at in forms.values() for layer in at}) > 2}
+    kinds = curves or kinds
     figure = Figure((11, 1 + 2.6 * -(-len(kinds) // 2)), layout="constrained")
     panels = figure.subplots(-(-len(kinds) // 2), 2, sharey=True, squeeze=False).flatten().tolist()
     for axes, (kind, forms) in zip(panels, kinds.items(), strict=False):
@@ -156,7 +167,15 @@ def networks(machine: Machine) -> Figure | None:
     for at, (_, forms) in enumerate(lines):
         for form, ratio in forms.items():
             if form == "floor":
-                axes.plot(ratio, at, linestyle="", marker="|", markersize=18, color="black", label="floor")
+                axes.plot(
+                    ratio,
+                    at,
+                    linestyle="",
+                    marker="|",
+                    markersize=10,
+                    color="black",
+                    label="floor: least time of the device",
+                )
             else:
                 axes.plot(ratio, at, linestyle="", markersize=6, **_marker(form))
     axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)

@@ -103,7 +103,7 @@ def test_the_drawn_lines(plots: ModuleType, results: Path) -> None:
     plain = next(line for line in panels["b1 forward graphed"].get_lines() if line.get_label() == "plain")
     assert plain.get_ydata().tolist() == [3.0]
     lines = plots.networks(gpu).axes[0].get_lines()
-    assert sorted(line.get_xdata()[0] for line in lines if line.get_label() == "floor") == pytest.approx([0.2, 0.4])
+    assert sorted(line.get_xdata()[0] for line in lines if line.get_label() == plots.FLOOR_LABEL) == pytest.approx([0.2, 0.4])
     bars = plots.memory(gpu).axes[0].patches
     assert [(bar.get_x(), bar.get_width()) for bar in bars] == [(0.0, 1.0), (1.0, 2.0)]
 
