@@ -174,7 +174,7 @@ def networks(machine: Machine) -> Figure | None:
                     marker="|",
                     markersize=10,
                     color="black",
-                    label="floor: least time of the device",
+                    label=FLOOR_LABEL,
                 )
             else:
                 axes.plot(ratio, at, linestyle="", markersize=6, **_marker(form))
