@@ -374,9 +374,10 @@ def test_make(folder, capsys):
 def test_sort(folder, capsys):
     assert main(["masks", "sort", "in", "--out", "out", "--border", "25"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["ratio", "free", "border"] and len(lines) == 8
+    assert lines[0].split() == ["ratio", "free", "border"] and len(lines) == 9
+    assert lines[7] == "border: a hole less than 25 pixels from the edge (--border)"
     assert lines[1].split() == ["0.01-0.1", "2", "1"] and lines[3].split() == ["0.2-0.3", "1", "0"]
-    assert lines[7] == (
+    assert lines[8] == (
         "left out: 1 unreadable: broken.png; 1 not black and white: grey.png; 1 under 1% hole: e.png; "
         "1 over 60% hole: f.png"
     )
@@ -425,6 +426,7 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(folder, capsys, argume
         ("--size", "40x"),
         ("--size", "0x9"),
         ("--size", "4x4x4"),
+        ("--size", "90000"),
         ("--ratio", "0.2"),
         ("--ratio", "0.3-0.2"),
         ("--ratio", "0.3-2"),

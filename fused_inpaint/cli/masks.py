@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._common import MODELS, ProgressBar, UserError, positive_int, seed
+from ._common import MODELS, MOST_SIDE, ProgressBar, UserError, positive_int, seed
 
 if TYPE_CHECKING:
     from ..masks import MaskFolder, Sorted
@@ -107,6 +107,7 @@ def _sort(arguments: argparse.Namespace) -> None:
     for bucket in dict.fromkeys(bucket for bucket, _ in found.classes):
         free, border = (len(found.classes[bucket, place]) for place in ("free", "border"))
         print(f"{bucket_name(bucket):<10}{free:>8}{border:>8}")
+    print(f"border: a hole less than {arguments.border} pixels from the edge (--border)")
     if left_out:
         print(f"left out: {left_out}")
 
@@ -154,7 +155,10 @@ def _size(text: str) -> tuple[int, int]:
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH or one side in pixels, got {text}")
-    return int(sides[0]), int(sides[-1])
+    high, wide = int(sides[0]), int(sides[-1])
+    if high * wide > MOST_SIDE**2:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_SIDE}x{MOST_SIDE} pixels, got {text}")
+    return high, wide
 
 
 def _ratio(text: str) -> tuple[float, float]:
