@@ -396,10 +396,13 @@ def test_mistakes(change: dict[str, str], sentence: str, folder: Path, tmp_path:
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
         RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
         RuntimeError("of another kind"),
+        KeyboardInterrupt(),
     ],
-    ids=lambda error: str(error)[:20] or "MemoryError",
+    ids=lambda error: str(error)[:20] or type(error).__name__,
 )
-def test_no_memory_is_one_sentence(error: Exception, folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_what_ends_a_run_is_one_sentence(
+    error: BaseException, folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     def run(trainer: loop.Trainer, progress: Any) -> None:
         raise error
 
@@ -420,6 +423,12 @@ def test_no_memory_is_one_sentence(error: Exception, folder: Path, tmp_path: Pat
     if "another" in str(error):
         with pytest.raises(RuntimeError, match="another kind"):
             main(command)
+        return
+    if isinstance(error, KeyboardInterrupt):
+        assert main(command) == 130
+        assert capsys.readouterr().err == (
+            "\nfused-inpaint train: interrupted, the same command goes on from the last checkpoint\n"
+        )
         return
     assert main(command) == 2
     assert capsys.readouterr().err == (

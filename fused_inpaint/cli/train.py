@@ -130,6 +130,8 @@ def _train(arguments: argparse.Namespace, device: str, first: bool) -> None:
         if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
             raise UserError("batch and size must fit into memory, got none left; --batch, --size, --amp") from None
         raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from the last checkpoint") from None
     finally:
         bar.close()
     if trainer.step < options.steps:
