@@ -295,7 +295,7 @@ def test_interpreter() -> None:
     selections = [
         (40, ["test_region_triton.py"], "test_conv"),
         (
-            50,
+            40,
             ["test_region_triton.py", "test_region_norm.py", "test_region_conv.py"],
             "(test_region_triton and (norm or pool or launches)) or (triton and (published_rn or test_opcheck-maps))"
             " or (triton and float32 and (output_elu or up_zeros) and test_reference)",
