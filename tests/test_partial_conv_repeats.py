@@ -55,7 +55,7 @@ def test_other_shapes(backend: str, device: torch.device) -> None:
         assert conv(device, window=window)[0].shape == (2, 4, 6, 6)
         with pytest.raises(ValueError, match="mask must be"):
             conv(device, window=window, x=torch.ones(2, 4, 6, 7, device=device))
-        with pytest.raises(ValueError, match="weight must be"):
+        with pytest.raises(ValueError, match="x must be of 5 channels"):
             conv(device, window=window, weight=torch.ones(4, 5, 3, 3, device=device))
         with pytest.raises(ValueError, match="x must be float32"):
             conv(device, window=window, x=torch.ones(2, 4, 6, 6, device=device, dtype=torch.int32))
