@@ -167,15 +167,7 @@ def networks(machine: Machine) -> Figure | None:
     for at, (_, forms) in enumerate(lines):
         for form, ratio in forms.items():
             if form == "floor":
-                axes.plot(
-                    ratio,
-                    at,
-                    linestyle="",
-                    marker="|",
-                    markersize=10,
-                    color="black",
-                    label=FLOOR_LABEL,
-                )
+                axes.plot(ratio, at, linestyle="", marker="|", markersize=10, color="black", label=FLOOR_LABEL)
             else:
                 axes.plot(ratio, at, linestyle="", markersize=6, **_marker(form))
     axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)

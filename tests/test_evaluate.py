@@ -382,8 +382,7 @@ def test_end_to_end_the_files_agree(photos, weights, capsys):
     assert flat == lines and len(lines) == 3 * 12 * 2 * len(held["images"][0]["metrics"])
 
     page = Path("run/results.md").read_text()
-    table = printed.out[: printed.out.index("\nwrote run")]
-    assert table in page
+    table = page.split("\n\n")[3]
     header, _, counts, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     assert header[1:] == [f"{bucket} {'N' if place == 'free' else 'B'}" for bucket, place in COLUMNS]
     assert counts == ["images"] + ["3"] * 12
@@ -401,6 +400,15 @@ def test_end_to_end_the_files_agree(photos, weights, capsys):
             low, high = found["interval"]["low"], found["interval"]["high"]
             assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
             assert float(cell) == pytest.approx(np.mean(values), abs=0.51 * 0.1 ** metrics.METRICS[metric].digits)
+    # The terminal has the columns of N and those of B, one below the other.
+    told = [line for line in printed.out.splitlines() if line.startswith("|")]
+    narrow = [[cell.strip() for cell in line.strip("|").split("|")] for line in told]
+    half = len(narrow) // 2
+    for start, place in ((0, 0), (half, 1)):
+        assert narrow[start] == ["", *dict.fromkeys(bucket for bucket, _ in COLUMNS)]
+        assert narrow[start + 2 : start + half] == [[row[0], *row[1 + place :: 2]] for row in (counts, *rows)]
+    assert max(len(line) for line in printed.out.splitlines()) < 100
+    assert printed.out.startswith(f"N: the hole keeps at least {BORDER} pixels from the image's border\n\n|")
     with Image.open("run/contact_sheet.png") as sheet:
         assert sheet.size == (4 * (SIZE + 6) + 6, 6 * (SIZE + 6) + 6 + 18)
     assert "fused-inpaint evaluate: FID is left out" in printed.err
@@ -431,7 +439,8 @@ def test_masks_of_a_folder_from_the_command_line(photos, weights, capsys):
     save_mask("masks/x.png", ~box(64, 64, 20, 20, 12))
     assert evaluated("--masks", "masks", "--count", "1") == 0
     printed = capsys.readouterr()
-    assert "other N | other B |" in printed.out and "drawn in turn, 0 photos have one of their name" in printed.err
+    assert printed.out.startswith("B: it comes nearer\n\n|") and " other |" in printed.out
+    assert "drawn in turn, 0 photos have one of their name" in printed.err
     assert "if holes are black, say --hole black" in printed.err
     assert evaluated("--masks", "masks", "--hole", "black") == 0
     printed = capsys.readouterr()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: recipes, data, the loop, and what happens when it is killed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -221,6 +222,12 @@ def test_interrupted_run_keeps_its_last_step(folder: Path, tmp_path: Path) -> No
     assert f"train: steps must be {step + 1} or more, where the run in {out} is, got {step}" in done.stderr
 
 
+def test_a_stop_between_a_step_and_its_end_saves_the_next(folder: Path, tmp_path: Path) -> None:
+    run = trainer(folder, tmp_path, save_every=100)
+    run.run(lambda fraction, text: run.stop())
+    assert run.step == 2 and [path.stem for path in tmp_path.glob("checkpoint-*.pt")] == ["checkpoint-0000002"]
+
+
 def test_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
     recipe = small("pconv")
     calls = 0
@@ -389,51 +396,35 @@ def test_mistakes(change: dict[str, str], sentence: str, folder: Path, tmp_path:
     assert sorted(os.listdir()) == ["file"]
 
 
+NO_MEMORY = "fused-inpaint train: batch and size must fit into memory, got none left; --batch, --size, --amp\n"
+GOES_ON = "\nfused-inpaint train: interrupted, the same command goes on from the last checkpoint\n"
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "code", "sentence"),
     [
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
-        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
-        RuntimeError("of another kind"),
-        KeyboardInterrupt(),
+        (MemoryError(), 2, NO_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 2, NO_MEMORY),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 2, NO_MEMORY),
+        (KeyboardInterrupt(), 130, GOES_ON),
+        (RuntimeError("of another kind"), None, ""),
     ],
-    ids=lambda error: str(error)[:20] or type(error).__name__,
+    ids=["memory", "allocator", "worker", "interrupt", "another"],
 )
 def test_what_ends_a_run_is_one_sentence(
-    error: BaseException, folder: Path, tmp_path: Path, monkeypatch, capsys
+    error: BaseException, code: int | None, sentence: str, folder: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
+    """An error of another kind is ours, and keeps its traceback."""
+
     def run(trainer: loop.Trainer, progress: Any) -> None:
         raise error
 
     monkeypatch.setattr(loop.Trainer, "run", run)
-    command = [
-        "train",
-        "pconv",
-        "--data",
-        str(folder),
-        "--out",
-        str(tmp_path / "run"),
-        "--size",
-        "32",
-        "--workers",
-        "0",
-    ]
-    command += ["--batch", "2", "--config", '{"levels": 2, "width": 4}']
-    if "another" in str(error):
-        with pytest.raises(RuntimeError, match="another kind"):
-            main(command)
-        return
-    if isinstance(error, KeyboardInterrupt):
-        assert main(command) == 130
-        assert capsys.readouterr().err == (
-            "\nfused-inpaint train: interrupted, the same command goes on from the last checkpoint\n"
-        )
-        return
-    assert main(command) == 2
-    assert capsys.readouterr().err == (
-        "fused-inpaint train: batch and size must fit into memory, got none left; --batch, --size, --amp\n"
-    )
+    command = ["train", "pconv", "--data", str(folder), "--out", str(tmp_path / "run"), "--size", "32", "--batch", "2"]
+    command += ["--workers", "0", "--config", '{"levels": 2, "width": 4}']
+    with contextlib.nullcontext() if code else pytest.raises(RuntimeError, match="another kind"):
+        assert main(command) == code
+        assert capsys.readouterr().err == sentence
 
 
 @pytest.mark.parametrize(

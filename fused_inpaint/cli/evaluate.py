@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not results.scores:
             raise UserError(f"data must hold readable photos with usable masks, got none ({'; '.join(notes)})")
         cells = report.summary(results, arguments.seed)
-        print(report.table(cells))
+        print(report.narrow(cells, border))
         for line in [*notes, *report.notes(results)]:
             print(f"fused-inpaint evaluate: {line}", file=sys.stderr)
         if arguments.out:

@@ -101,12 +101,14 @@ class Trainer:
         history: list[Terms] = []
         begun = time.perf_counter()
         try:
-            while self.step < options.steps and not self._stopped:
+            stopped = False
+            while self.step < options.steps and not stopped:
                 stage, rate = recipe.at(self.step, options.steps)
                 history.append(self._one_step(batches, stage, rate))
                 self.step += 1
                 last = self.step == options.steps
-                saves = last or self._stopped or self.step % options.save_every == 0
+                stopped = self._stopped  # asked for once: a step that ends the run is one that is saved
+                saves = last or stopped or self.step % options.save_every == 0
                 if saves or self.step % options.log_every == 0:
                     seconds, begun = (time.perf_counter() - begun) / len(history), time.perf_counter()
                     means = self._checked(history)

@@ -48,13 +48,35 @@ def summary(results: Results, seed: int = 0) -> list[Cell]:
 def table(cells: list[Cell], intervals: bool = False) -> str:
     """Markdown, laid out as the paper's table 1: a row for each metric and method, a column for each bucket and place
     (N: the hole keeps clear of the border, B: it does not)."""
-    buckets = [masks.bucket_name(bucket) for bucket in masks.BUCKETS]
-    if any(cell.bucket == OTHER for cell in cells):
-        buckets.append(OTHER)
-    columns = [(bucket, place) for bucket in buckets for place in PLACES]
+    columns = {(bucket, place): f"{bucket} {COLUMNS[place]}" for bucket in _buckets(cells) for place in PLACES}
+    return _table(cells, columns, intervals)
+
+
+def narrow(cells: list[Cell], border: int | str) -> str:
+    """The same for a terminal: a table for each place, of the buckets that have images."""
+    tables = []
+    for place, said in zip(PLACES, _places(border), strict=True):
+        found = {cell.bucket for cell in cells if cell.place == place}
+        columns = {(bucket, place): bucket for bucket in _buckets(cells) if bucket in found}
+        if columns:
+            tables.append(f"{said}\n\n{_table(cells, columns)}\n")
+    return "\n".join(tables)
+
+
+def _buckets(cells: list[Cell]) -> list[str]:
+    named = [masks.bucket_name(bucket) for bucket in masks.BUCKETS]
+    return [*named, OTHER] if any(cell.bucket == OTHER for cell in cells) else named
+
+
+def _places(border: int | str) -> tuple[str, str]:
+    clear = f"the hole keeps at least {border} pixels from the image's border"
+    return f"{COLUMNS[PLACES[0]]}: {clear}", f"{COLUMNS[PLACES[1]]}: it comes nearer"
+
+
+def _table(cells: list[Cell], columns: dict[tuple[str, str], str], intervals: bool = False) -> str:
     at = {(cell.metric, cell.method, cell.bucket, cell.place): cell for cell in cells}
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    rows = [["", *(f"{bucket} {COLUMNS[place]}" for bucket, place in columns)]]
+    rows = [["", *columns.values()]]
     most: dict[tuple[str, str], int] = {}
     for cell in cells:
         most[cell.bucket, cell.place] = max(cell.images, most.get((cell.bucket, cell.place), 0))
@@ -102,7 +124,7 @@ def markdown(results: Results, cells: list[Cell], about: dict[str, Any]) -> str:
     listed = "".join(f"- {line}\n" for line in [*about.get("data", []), *notes(results)])
     return (
         f"# Evaluation\n\n{said}\n## Means over images\n\n{table(cells)}\n\n"
-        f"N: the hole keeps at least {about.get('border', '–')} pixels from the image's border; B: it comes nearer.\n\n"
+        f"{'; '.join(_places(about.get('border', '–')))}.\n\n"
         f"{listed}\n## With 95 % bootstrap intervals\n\n{table(cells, intervals=True)}\n"
     )
 
