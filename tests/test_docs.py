@@ -83,16 +83,20 @@ def test_readme_names_everything_public():
     assert [name for name in set(fused_inpaint.__all__) - modules if f"`{name}`" not in readme] == []
 
 
-def test_readme_figures_are_measured():
-    """Each ratio of the README's table stands in a results file, to the digits that it is given in."""
-    readme = (ROOT / "README.md").read_text()
+MEASURED = {"README.md": ("## Measured", "\n## "), "docs/performance.md": ("## On the CPU", "### Training")}
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_figures_are_measured(page: str):
+    """Each ratio of a page's table stands in a results file, to the digits that it is given in."""
     figures = [
         figure["measured"]
         for path in (ROOT / "benchmarks" / "results").glob("*.json")
         for figure in json.loads(path.read_text()).get("figures", [])
         if figure["measured"] is not None
     ]
-    table = readme.partition("## Measured")[2].partition("\n## ")[0]
+    begin, end = MEASURED[page]
+    table = (ROOT / page).read_text().partition(begin)[2].partition(end)[0]
     cells = [cell for row in re.findall(r"^\|.*\|$", table, re.MULTILINE) for cell in row.split("|")[2:]]
     said = [number for cell in cells for number in re.findall(r"(?<![\w.])\d+\.\d+", cell)]
     assert said
