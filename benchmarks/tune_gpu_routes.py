@@ -23,7 +23,7 @@ from tune_triton import Problem, arguments
 from workload import Layer, layers
 
 from fused_inpaint import ops
-from fused_inpaint.ops.partial_conv import routes
+from fused_inpaint.ops.partial_conv import plan, routes
 
 TRITON_ROWS = 4096  # of one GEMM, above which the vendor's convolution is out of reach for Triton's
 
@@ -67,6 +67,7 @@ def measure(layer: Layer, batch: int) -> dict[str, float]:
     summed, chosen = window(), routes.choose
     for kernel, fold in forms(layer, problem.sizes["rows"]):
         routes.choose = lambda op, call, kernel=kernel: kernel
+        plan.forget()
         try:
             times[kernel + {True: " folded", False: " unfolded", None: ""}[fold]] = microseconds(
                 lambda fold=fold: ops.partial_conv2d(
@@ -76,6 +77,7 @@ def measure(layer: Layer, batch: int) -> dict[str, float]:
             )
         finally:
             routes.choose = chosen
+            plan.forget()
     return times
 
 

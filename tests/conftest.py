@@ -10,7 +10,7 @@ from cases import KERNELS
 from hypothesis import settings
 
 from fused_inpaint import _backends, _extension, use_backend
-from fused_inpaint.ops.partial_conv import routes
+from fused_inpaint.ops.partial_conv import plan, routes
 
 # The vendor's float32 would be TF32 on a GPU, which is not what the tolerances are for.
 torch.backends.cudnn.allow_tf32 = False
@@ -66,6 +66,7 @@ def backend(request: pytest.FixtureRequest, poisoned: None, monkeypatch: pytest.
     name, _, vendor = request.param.partition("_")
     if vendor:
         monkeypatch.setattr(routes, "_LAYERS", [])
+        monkeypatch.setattr(plan, "_plans", {})
     with use_backend(name):
         yield name
 

@@ -11,6 +11,7 @@ from cases import KERNELS
 from torch import Tensor
 
 from fused_inpaint import NoBackendError, ops, use_backend
+from fused_inpaint.ops.partial_conv import plan, routes
 
 
 def conv(device: torch.device, **changes: Any) -> tuple[Tensor, Tensor]:
@@ -59,6 +60,74 @@ def test_other_shapes(backend: str, device: torch.device) -> None:
             conv(device, window=window, weight=torch.ones(4, 5, 3, 3, device=device))
         with pytest.raises(ValueError, match="x must be float32"):
             conv(device, window=window, x=torch.ones(2, 4, 6, 6, device=device, dtype=torch.int32))
+
+
+def test_other_masks(backend: str, device: torch.device) -> None:
+    good = torch.ones(2, 1, 6, 6, device=device)
+    window = ops.partial_window(good, 4, 3, padding=1)
+    for given in (None, window):
+        for _ in range(2):
+            assert conv(device, mask=good, window=given)[1].dtype == torch.float32
+            assert conv(device, mask=good.bool(), window=given)[1].dtype == torch.bool
+            for bad in (good[..., 1:], good.int(), good.expand(2, 3, 6, 6), good[0]):
+                with pytest.raises(ValueError, match="mask must be"):
+                    conv(device, mask=bad, window=given)
+            with pytest.raises(ValueError, match="mask must be a sequence of 1, one for each x, got 2"):
+                conv(device, mask=[good, good], window=given)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"mask must be 0 or 1 everywhere, got 0\.5"):
+            conv(device, mask=good / 2)
+
+
+def test_other_modes(backend: str, device: torch.device) -> None:
+    """Autocast, and whether a norm's statistics are the batch's and its gain is trained."""
+    x = torch.randn(1, 4, 1, 1, device=device)
+    gain, shift, mean, var = (torch.rand(4, device=device) + 0.5 for _ in range(4))
+    weight = torch.randn(4, 4, 1, 1, device=device)
+
+    def normed(training: bool) -> Tensor:
+        norm = ops.BatchNorm(gain, shift, mean, var, training, 0.1, 1e-5)
+        return conv(device, x=x, weight=weight, padding=0, batch_norm=norm)[0]
+
+    expected = torch.nn.functional.conv2d(x, weight)
+    expected = (expected - mean.view(-1, 1, 1)) * (gain / (var + 1e-5).sqrt()).view(-1, 1, 1) + shift.view(-1, 1, 1)
+    slope = ((expected - shift.view(-1, 1, 1)) / gain.view(-1, 1, 1)).flatten()
+    for _ in range(2):
+        torch.testing.assert_close(normed(False), expected)
+        with torch.autocast(device.type, torch.bfloat16):
+            assert normed(False).dtype == torch.bfloat16
+        with torch.autocast(device.type, torch.float16):
+            assert normed(False).dtype == torch.float16
+        with pytest.raises(ValueError, match="x must be more than one value per channel for batch statistics"):
+            normed(True)
+        gain.requires_grad_()
+        (found,) = torch.autograd.grad(normed(False).sum(), gain)
+        torch.testing.assert_close(found, slope)
+        with torch.no_grad():
+            torch.testing.assert_close(normed(False), expected)
+        gain.requires_grad_(False)
+
+
+def test_other_folds() -> None:
+    x, skip, weight = torch.rand(1, 4, 4, 4), torch.rand(1, 2, 8, 8), torch.rand(5, 6, 3, 3)
+    masks = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 8, 8)
+    plan.forget()
+    for fold in (None, True, False, None, True, False):
+        ops.partial_upconv2d(x, masks[0], skip, masks[1], weight, fold=fold)
+    assert len(plan._plans) == 3
+    assert [kept.fold_from for kept in plan._plans.values()][1:] == [0, routes.fold_from("plain", False)]
+
+
+def test_no_more_is_kept_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_MOST", 3)
+    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "_chains", set())
+    for side in range(3, 10):
+        conv(torch.device("cpu"), x=torch.rand(1, 4, side, side))
+        ops.partial_window_chain(
+            torch.ones(1, 1, side, side), [ops.WindowStep([0], [3], [1], *[[1, 1]] * 2, [0, 0], [1, 1])]
+        )
+        assert len(plan._plans) <= 3 and len(plan._chains) <= 3
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="there is no kernel to choose")

@@ -95,11 +95,12 @@ inline int64_t batch_of(const std::vector<Tensor>& masks) {
 // The passes of each device, which the host functions of partial_conv_host.h put between the vendor's convolutions.
 namespace FUSED_INPAINT_DEVICE {
 
-// partial_epilogue. `phases` is the low-resolution convolution of Fold or null; `scale` and `bias` have c
-// values. y: in, the sum of the full-resolution convolutions (or anything when !y_holds_sum); out, the layer's output.
-void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor& scale,
-              const Tensor& bias);
-void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, const Tensor& scale, Tensor& grad_conv,
+// partial_epilogue. `phases` is the low-resolution convolution of Fold or null; `scale` and `bias` have c values, or
+// are null for 1 and 0. y: in, the sum of the full-resolution convolutions (or anything when !y_holds_sum); out, the
+// layer's output.
+void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor* scale,
+              const Tensor* bias);
+void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, const Tensor* scale, Tensor& grad_conv,
                        Tensor* grad_phases, int64_t shift, Tensor* grad_bias);
 void batch_statistics(Tensor& conv, bool conv_holds_sum, const Tensor* phases, int64_t shift, const Output& out,
                       Tensor& mean, Tensor& var);

@@ -210,9 +210,9 @@ double window_of(const std::vector<Tensor>& sources, const Tensor& weight) {
   return static_cast<double>(channels * weight.size(2) * weight.size(3));
 }
 
-Tensor constant(double value, int64_t n, ScalarType dtype, const Tensor& like) {
-  Tensor t = empty({n}, dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float, like);
-  torch::stable::fill_(t, value);
+Tensor zeros(int64_t n, ScalarType dtype, const Tensor& like) {
+  Tensor t = empty({n}, dtype, like);
+  torch::stable::zero_(t);
   return t;
 }
 
@@ -328,7 +328,7 @@ Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Te
   check_numerator(numerator, size, shift_of(weight), dtype);
   const Output out = describe_output(y, count, window_of(sources, weight), activation, slope);
   epilogue(y, numerator.sum.has_value(), numerator.phases ? &*numerator.phases : nullptr, shift_of(weight), out,
-           scale ? *scale : constant(1, outputs, dtype, y), bias ? *bias : constant(0, outputs, dtype, y));
+           scale ? &*scale : nullptr, bias ? &*bias : nullptr);
   return y;
 }
 
@@ -343,8 +343,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward(
   check_map("y", y, size, sources[0].scalar_type());
   check_map("grad", grad, size, y.scalar_type());
   check_channels({scale ? &*scale : nullptr}, outputs);
-  Tensor grad_bias = need_bias ? constant(0, outputs, dtype, y) : empty({0}, dtype, y);
+  Tensor grad_bias = need_bias ? empty({outputs}, wide(dtype), y) : empty({0}, dtype, y);
   if (y.numel() == 0) {
+    torch::stable::zero_(grad_bias);
     Gradients g = zero_gradients(sources, weight, need_sources, need_weight);
     return {g.sources, g.weight, grad_bias};
   }
@@ -354,8 +355,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward(
   Tensor grad_sum = empty_channels_last(size, dtype, y);
   std::optional<Tensor> grad_phases = empty_phases(o, sources[0], count, outputs, shift);
   const Output out = describe_output(y, count, window_of(sources, weight), activation, slope);
-  epilogue_backward(channels_last(grad), channels_last(y), out, scale ? *scale : constant(1, outputs, dtype, y),
-                    grad_sum, grad_phases ? &*grad_phases : nullptr, shift, need_bias ? &grad_bias : nullptr);
+  epilogue_backward(channels_last(grad), channels_last(y), out, scale ? &*scale : nullptr, grad_sum,
+                    grad_phases ? &*grad_phases : nullptr, shift, need_bias ? &grad_bias : nullptr);
   Gradients g = convolve_backward(grad_sum, grad_phases, o, sources, masks, weight, upsample, zeroed, fold,
                                   need_sources, need_weight);
   return {g.sources, g.weight, grad_bias};
@@ -374,8 +375,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn(std::vector<Tensor>
   const ScalarType dtype = sources[0].scalar_type();
   Tensor y = empty_channels_last(size, dtype, sources[0]);
   if (elements(size) == 0) {
-    const Tensor none = constant(0, outputs, dtype, weight);
-    return {y, empty_channels_last(size, dtype, sources[0]), none, constant(0, outputs, dtype, weight)};
+    const Tensor none = zeros(outputs, wide(dtype), weight);
+    return {y, empty_channels_last(size, dtype, sources[0]), none, zeros(outputs, wide(dtype), weight)};
   }
   Tensor mean = empty({outputs}, wide(dtype), weight), var = empty({outputs}, wide(dtype), weight);
   const bool fold = folds(sources, upsample, weight, fold_from);

@@ -15,7 +15,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Parameters in the accumulator type: c values, widened from the tensor's own type.
+// Parameters in the accumulator type, widened from the tensor's own type.
 template <typename A>
 std::vector<A> widen(const Tensor& t) {
   std::vector<A> out(t.numel());
@@ -24,6 +24,12 @@ std::vector<A> widen(const Tensor& t) {
     for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<A>(load(p[i]));
   });
   return out;
+}
+
+// Those of n channels, or one value for all of them.
+template <typename A>
+std::vector<A> widen_or(const Tensor* t, int64_t n, A otherwise) {
+  return t ? widen<A>(*t) : std::vector<A>(n, otherwise);
 }
 
 // The sum of the convolutions at a pixel: from y, from the phases, or both.
@@ -259,11 +265,12 @@ void write(Tensor& t, const std::vector<V>& values) {
 
 }  // namespace
 
-void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor& scale,
-              const Tensor& bias) {
+void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor* scale,
+              const Tensor* bias) {
   dispatch_float("partial_conv2d", y.scalar_type(), [&]<typename T>() {
     with_activation(out.activation, [&]<Activation kind>() {
-      const auto s = widen<acc_t<T>>(scale), b = widen<acc_t<T>>(bias);
+      using A = acc_t<T>;
+      const auto s = widen_or<A>(scale, out.c, A(1)), b = widen_or<A>(bias, out.c, A(0));
       T* o = mutable_data<T>(y);
       const T* f = phases ? data<T>(*phases) : nullptr;
       const Phases at = phases_of(out, shift);
@@ -279,12 +286,12 @@ void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, 
   });
 }
 
-void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, const Tensor& scale, Tensor& grad_conv,
+void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, const Tensor* scale, Tensor& grad_conv,
                        Tensor* grad_phases, int64_t shift, Tensor* grad_bias) {
   dispatch_float("partial_conv2d", grad.scalar_type(), [&]<typename T>() {
     with_activation(out.activation, [&]<Activation kind>() {
       using A = acc_t<T>;
-      const auto s = widen<A>(scale);
+      const auto s = widen_or<A>(scale, out.c, A(1));
       const Blocks blocks(out);
       std::vector<A> sums(blocks.n * out.c, A(0));
       const T *d = data<T>(grad), *o = data<T>(y);

@@ -19,6 +19,10 @@ const A* parameters(const Tensor& t) {
                   torch::headeronly::toString(expected), ", got ", torch::headeronly::toString(t.scalar_type()));
   return data<A>(t);
 }
+template <typename A>
+const A* given(const Tensor* t) {
+  return t ? parameters<A>(*t) : nullptr;
+}
 
 // Output, in 32 bits and in the accumulator's type.
 template <typename A>
@@ -101,7 +105,7 @@ __global__ void epilogue_kernel(T* y, const T* phases, bool from_y, PhaseMap at,
   using A = acc_t<T>;
   for (unsigned c = threadIdx.x * V; c < out.c; c += blockDim.x * V) {
     Pack<A, V> gain, offset;
-    for (int k = 0; k < V; ++k) gain.v[k] = scale[c + k], offset.v[k] = bias[c + k];
+    for (int k = 0; k < V; ++k) gain.v[k] = scale ? scale[c + k] : A(1), offset.v[k] = bias ? bias[c + k] : A(0);
     each_some<kForward>(out, [&](const Some<kForward, A>& some) {
       Pack<T, V> sum[kForward] = {}, extra[kForward] = {};
 #pragma unroll
@@ -184,7 +188,7 @@ __global__ void epilogue_backward_kernel(const T* grad, const T* y, Chunks chunk
   Sums sum{};
   if (c < out.c) {
     Sums gain;
-    for (int k = 0; k < V; ++k) gain.v[k] = scale[c + k];
+    for (int k = 0; k < V; ++k) gain.v[k] = scale ? scale[c + k] : A(1);
     for (unsigned pixel = chunks.begin(blockIdx.x) + threadIdx.y; pixel < end; pixel += SumTile<V>::kRows) {
       const A ratio = out.ratio(pixel);
       Pack<T, V> result{};
@@ -456,8 +460,8 @@ void clear_border(Tensor* phases, int64_t shift, const Output& out) {
 
 }  // namespace
 
-void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor& scale,
-              const Tensor& bias) {
+void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, const Output& out, const Tensor* scale,
+              const Tensor* bias) {
   dispatch_cuda(y.scalar_type(), [&]<typename T>() {
     with_activation(out.activation, [&]<Activation kind>() {
       with_pack<T>(out.c, {&y, phases}, [&]<int V>() {
@@ -465,23 +469,23 @@ void epilogue(Tensor& y, bool y_holds_sum, const Tensor* phases, int64_t shift, 
         const dim3 threads = pixel_threads(out.c / V);
         FUSED_INPAINT_LAUNCH((epilogue_kernel<T, V, kind>), pass_blocks<kForward>(out.pixels(), threads), threads, 0,
                              current_stream(y), mutable_data<T>(y), phases ? data<T>(*phases) : nullptr, y_holds_sum,
-                             PhaseMap(out, phases, shift), Map<A>(out), parameters<A>(scale), parameters<A>(bias));
+                             PhaseMap(out, phases, shift), Map<A>(out), given<A>(scale), given<A>(bias));
       });
     });
   });
 }
 
-void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, const Tensor& scale, Tensor& grad_conv,
+void epilogue_backward(const Tensor& grad, const Tensor& y, const Output& out, const Tensor* scale, Tensor& grad_conv,
                        Tensor* grad_phases, int64_t shift, Tensor* grad_bias) {
   const Chunks chunks(out);
   clear_border(grad_phases, shift, out);
-  Tensor partial = empty({chunks.n, out.c}, scale.scalar_type(), grad);
+  Tensor partial = empty({chunks.n, out.c}, wide(grad.scalar_type()), grad);
   dispatch_cuda(grad.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     with_activation(out.activation, [&]<Activation kind>() {
       with_pack<T>(out.c, {&grad, &y, &grad_conv, grad_phases}, [&]<int V>() {
         FUSED_INPAINT_LAUNCH((epilogue_backward_kernel<T, V, kind>), sum_blocks<V>(chunks, out.c), sum_threads<V>(), 0,
-                             current_stream(grad), data<T>(grad), data<T>(y), chunks, Map<A>(out), parameters<A>(scale),
+                             current_stream(grad), data<T>(grad), data<T>(y), chunks, Map<A>(out), given<A>(scale),
                              mutable_data<T>(grad_conv), grad_phases ? mutable_data<T>(*grad_phases) : nullptr,
                              PhaseMap(out, grad_phases, shift), mutable_data<A>(partial));
       });

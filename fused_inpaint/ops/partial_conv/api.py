@@ -3,15 +3,14 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..._library import is_eager
 from ..checks import Pair, check_mask_type, error, pair
 from ..masks import plane_of
-from .checks import check_call, check_chain, check_one_device, check_output_size, check_window
-from .dispatch import count, count_chain, given_masks, run
+from .checks import check_one_device, check_output_size
+from .dispatch import count, count_chain, run
 from .packing import PackedWeight
+from .plan import check_steps, plan_of
 from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
 
@@ -220,10 +219,7 @@ def partial_window_chain(mask: Tensor | Sequence[Tensor], steps: Sequence[Window
     if not planes:
         raise error(op, "mask", "a tensor or a sequence of at least one", "none")
     check_one_device(op, planes)
-    facts = _chain_facts(planes, steps) if is_eager() else None
-    if facts is None or facts not in _checked:
-        check_chain(op, [tuple(m.shape) for m in planes], steps)
-        _remember(facts)
+    check_steps(op, planes, steps)
     planes = [plane_of(op, m) for m in planes]
     return count_chain(op, planes, steps)
 
@@ -241,93 +237,6 @@ def _geometry(
     )
 
 
-_checked: set[tuple[object, ...]] = set()
-_MOST_CHECKED = 4096
-_PLAIN = {int, float, str, bool}  # the types of what may be known: others have no hash, or no lasting one
-
-
-def _check(
-    op: str,
-    sources: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    window: Window | None,
-) -> None:
-    """Refuses what does not fit. What was let through once, by everything that the checks look at, is not looked at
-    again: they take longer than a layer's launches."""
-    facts = _facts(op, sources, weight, bias, geometry, epilogue, window) if is_eager() else None
-    if facts is not None and facts in _checked:
-        return
-    check_call(op, sources, weight, bias, geometry, epilogue)
-    if window is not None:
-        check_window(op, window, sources, weight, geometry)
-    _remember(facts)
-
-
-def _remember(facts: tuple[object, ...] | None) -> None:
-    if facts is not None:
-        if len(_checked) >= _MOST_CHECKED:
-            _checked.clear()
-        _checked.add(facts)
-
-
-def _chain_facts(masks: list[Tensor], steps: Sequence[WindowStep]) -> tuple[object, ...] | None:
-    facts: list[object] = [m.shape for m in masks]
-    try:
-        for step in steps:
-            for numbers in step:
-                facts += numbers
-                facts.append(None)
-        hash(tuple(facts))
-    except TypeError:  # not steps, which the check says in words
-        return None
-    # With the types: 3.0 equals 3, and yet is refused.
-    return *facts, *map(type, facts)
-
-
-def _facts(
-    op: str,
-    sources: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    window: Window | None,
-) -> tuple[object, ...] | None:
-    given = [*epilogue[:2], geometry.groups, *geometry.upsample]
-    if epilogue.norm is not None:
-        given.append(epilogue.norm.training)
-    if window is not None:
-        given.append(window.full)
-    if not _PLAIN.issuperset(map(type, given)):
-        return None
-    kind = weight.device.type
-    # With its type, since 1.0 equals 1, and yet is refused; `pair` has seen to the other numbers.
-    groups = (type(geometry.groups), geometry.groups)
-    facts: list[object] = [op, kind != "meta" and torch.is_autocast_enabled(kind), *epilogue[:2], *groups]
-    for numbers in geometry:
-        if isinstance(numbers, list):
-            facts += numbers
-            facts.append(None)
-    tensors: list[object] = [weight, bias, *sources]
-    if epilogue.norm is not None:
-        tensors += epilogue.norm[:4]
-        facts.append(epilogue.norm.training)
-    if window is not None:
-        tensors += [window.counts, window.mask, *window.planes]
-        facts.append(window.full)
-    for t in tensors:
-        if t is None:
-            facts.append(None)
-        elif isinstance(t, Tensor):
-            facts += (t.shape, t.dtype, t.device)
-        else:
-            return None
-    return tuple(facts)
-
-
 def _convolve(
     op: str,
     sources: list[Tensor],
@@ -342,10 +251,8 @@ def _convolve(
     packed: PackedWeight | None,
     multi_channel: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(op, sources, weight, bias, geometry, epilogue, window)
-    if window is not None and masks is not None:
-        given_masks(op, sources, masks, names)
-    y, mask = run(op, sources, masks, names, weight, bias, window, geometry, epilogue, fold, packed)
+    plan = plan_of(op, sources, masks, names, weight, bias, window, geometry, epilogue, fold)
+    y, mask = run(plan, op, sources, masks, names, weight, bias, window, geometry, epilogue, packed)
     if window is None:
         mask = mask.to(masks[0].dtype if masks else y.dtype)
     elif masks is not None:

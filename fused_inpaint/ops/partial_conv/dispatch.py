@@ -8,18 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _backends
 from ..._library import is_eager
-from ..checks import autocasts, check_mask, error, output_size
 from ..masks import counted_by_reference, plane_of
 from . import layer_ops as layer_ops  # defines operators
 from . import reference, routes
 from .packing import PackedWeight
+from .plan import Plan, trains_gain
 from .schema import ops
 from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
 
 
 def run(
+    plan: Plan,
     op: str,
     sources: list[Tensor],
     masks: list[Tensor] | None,
@@ -29,35 +29,26 @@ def run(
     window: Window | None,
     geometry: Geometry,
     epilogue: Epilogue,
-    fold: bool | None,
     packed: PackedWeight | None,
 ) -> tuple[Tensor, Tensor]:
     """The layer's output, in the dtype that x (or autocast) asks for, and its new mask."""
-    dtype = _result_dtype(op, sources, weight, bias)
-    # A trained gain over fixed statistics is a factor of the weight, and a half type would round that product, too.
-    inner = torch.float32 if dtype != torch.float64 and _trains_gain(epilogue.norm) else dtype
-    call = _describe(sources, weight, inner, geometry, epilogue, fold)
-    if call.batch_statistics and call.rows == 1:
-        raise error(op, "x", "more than one value per channel for batch statistics", "1 (.eval() takes none)")
-    kernel = routes.choose(op, call)
-    # "direct" and "triton" sum the masks in the same launch, in whatever type they come.
-    if window is None and kernel in ("vendor", "reference"):
-        window = window_of(op, sources, masks, names, weight.shape[2:], geometry)
-    planes = given_masks(op, sources, masks, names) if window is None else list(window.planes)
-
-    oneDNN = kernel == "vendor" and call.device != _backends.DEVICE["cuda"]
-    if oneDNN and inner == torch.float16:
-        # It has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
-        inner = torch.float32
-    if packed is not None and (not oneDNN or inner != packed.weights[0].dtype):
+    kernel, dtype, inner = plan[:3]
+    if window is not None:
+        planes = list(window.planes)
+    elif kernel in ("vendor", "reference"):
+        window = _window_of(op, sources, masks, names, weight.shape[2:], geometry)
+        planes = list(window.planes)
+    else:  # "direct" and "triton" sum the masks in the same launch, in whatever type they come
+        planes = _given(sources, masks)
+    if packed is not None and (not plan.packs or inner != packed.weights[0].dtype):
         packed = None
-    fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold if packed is None else packed.fold)
+    fold_from = plan.fold_from if packed is None else routes.fold_from("plain", packed.fold)
     layer = Layer(
         [_to(_to(s, dtype), inner) for s in sources], planes, window, _to(_to(weight, dtype), inner), geometry
     )
-    with _no_autocast(weight):
-        if call.batch_statistics:
-            y, mask = _with_batch_statistics(kernel, layer, epilogue, fold_from, call.rows)
+    with torch.autocast(weight.device.type, enabled=False) if plan.autocasts else contextlib.nullcontext():
+        if epilogue.norm is not None and epilogue.norm.training:
+            y, mask = _with_batch_statistics(kernel, layer, epilogue, fold_from, plan.rows)
         else:
             y, mask = _with_constants(kernel, layer, bias, epilogue, fold_from, packed)
     return _to(y, dtype), mask if window is None else window.mask
@@ -75,29 +66,6 @@ class Layer(NamedTuple):
     window: Window | None
     weight: Tensor  # (O, sum C_i / groups, kh, kw)
     geometry: Geometry
-
-
-def _describe(
-    sources: list[Tensor], weight: Tensor, dtype: torch.dtype, geometry: Geometry, epilogue: Epilogue, fold: bool | None
-) -> routes.Call:
-    up, (stride, padding, dilation) = geometry.upsample[0], geometry[1:4]
-    outputs, _, *kernel = weight.shape
-    size = [output_size(sources[0].size(2 + d) * up, kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1)]
-    return routes.Call(
-        weight.device.type,
-        dtype,
-        len(sources),
-        sum(s.size(1) for s in sources),
-        outputs,
-        kernel,
-        stride,
-        dilation,
-        geometry.groups,
-        sources[0].size(0) * size[0] * size[1],
-        2 in geometry.upsample,
-        epilogue.norm is not None and epilogue.norm.training,
-        bool(fold) and 2 in geometry.upsample,
-    )
 
 
 def _with_constants(
@@ -135,17 +103,13 @@ def _triton(
     return (y, summed, mask) if window is None else (y, window.counts, window.mask)
 
 
-def _trains_gain(norm: BatchNorm | None) -> bool:
-    return norm is not None and not norm.training and norm.weight.requires_grad and torch.is_grad_enabled()
-
-
 def _as_constants(
     weight: Tensor, bias: Tensor | None, norm: BatchNorm | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(weight, bias, scale) of the epilogue; a batch norm with fixed statistics is a scale and a bias."""
     wide = _wide(weight)
     if norm is None:
-        return weight, None if bias is None else bias.to(wide), None
+        return weight, None if bias is None else _to(bias, wide), None
     assert norm.running_mean is not None and norm.running_var is not None
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     trained = torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad)
@@ -154,7 +118,7 @@ def _as_constants(
         return weight, bias, scale
     scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
     bias = torch.addcmul(norm.bias.to(wide), norm.running_mean.to(wide), scale, value=-1)
-    if _trains_gain(norm):
+    if trains_gain(norm):
         # The kernels take the scale as a constant.
         return (weight.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype), bias, None
     return weight, bias, scale
@@ -215,7 +179,7 @@ def _track(norm: BatchNorm, mean: Tensor, var: Tensor, factor: float) -> None:
             running_var.lerp_((var * factor).to(running_var.dtype), momentum)
 
 
-def window_of(
+def _window_of(
     op: str,
     sources: list[Tensor],
     masks: list[Tensor] | None,
@@ -223,20 +187,16 @@ def window_of(
     kernel: Sequence[int],
     geometry: Geometry,
 ) -> Window:
-    """Masks as given, checked against their sources, to the window."""
-    given = given_masks(op, sources, masks, names)
-    planes = given if masks is None else [plane_of(op, mask, name) for mask, name in zip(given, names, strict=True)]
+    planes = _given(sources, masks)
+    if masks is not None:
+        planes = [plane_of(op, mask, name) for mask, name in zip(planes, names, strict=True)]
     return count(op, planes, [s.size(1) for s in sources], kernel, geometry)
 
 
-def given_masks(op: str, sources: list[Tensor], masks: list[Tensor] | None, names: Sequence[str]) -> list[Tensor]:
-    """The masks, checked against their sources and contiguous; all valid if there are none."""
+def _given(sources: list[Tensor], masks: list[Tensor] | None) -> list[Tensor]:
+    """The masks, contiguous; all valid if there are none."""
     if masks is None:
         return [torch.ones((1, 1, *s.shape[2:]), dtype=torch.uint8, device=s.device) for s in sources]
-    if len(masks) != len(sources):
-        raise error(op, "mask", f"a sequence of {len(sources)}, one for each x", len(masks))
-    for source, mask, name in zip(sources, masks, names, strict=True):
-        check_mask(op, mask, source, name)
     return [mask.contiguous() for mask in masks]
 
 
@@ -274,19 +234,3 @@ def count_chain(op: str, planes: list[Tensor], steps: Sequence[WindowStep]) -> l
 
 def _wide(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    device = tensor.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
-def _result_dtype(op: str, sources: list[Tensor], weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    if autocasts(weight) and all(autocasts(s) for s in sources):
-        return torch.get_autocast_dtype(weight.device.type)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.dtype != sources[0].dtype:
-            raise error(op, name, f"{sources[0].dtype} as x", parameter.dtype)
-    return sources[0].dtype

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether and how a call runs, decided once for calls that look alike: deciding takes longer than the launches."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _backends
+from ..._library import is_eager
+from ..checks import autocasts, check_mask, error, output_size
+from . import routes
+from .checks import check_call, check_chain, check_window
+from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
+
+
+class Plan(NamedTuple):
+    """How a call runs."""
+
+    kernel: str  # a name of routes.choose
+    dtype: torch.dtype  # of the output: what x, or autocast, asks for
+    inner: torch.dtype  # what the kernel reads
+    fold_from: int
+    packs: bool  # takes packed weights
+    autocasts: bool
+    rows: int  # output pixels, batch included
+
+
+_plans: dict[tuple[object, ...], Plan] = {}
+_chains: set[tuple[object, ...]] = set()
+_MOST = 4096  # of each
+_PLAIN = {int, float, str, bool, type(None)}  # the types of what may be kept: others have no hash, or no lasting one
+
+
+def forget() -> None:
+    """To be called after what routes.py decides by has changed."""
+    _plans.clear()
+
+
+def plan_of(
+    op: str,
+    sources: list[Tensor],
+    masks: list[Tensor] | None,
+    names: Sequence[str],
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window | None,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    fold: bool | None,
+) -> Plan:
+    """Refuses what does not fit, in words."""
+    facts = _facts(op, sources, masks, weight, bias, window, geometry, epilogue, fold) if is_eager() else None
+    plan = None if facts is None else _plans.get(facts)
+    if plan is None:
+        check_call(op, sources, weight, bias, geometry, epilogue)
+        if window is not None:
+            check_window(op, window, sources, weight, geometry)
+        if masks is not None:
+            _check_masks(op, sources, masks, names)
+        plan = _decide(op, sources, weight, bias, geometry, epilogue, fold)
+        if facts is not None:
+            if len(_plans) >= _MOST:
+                _plans.clear()
+            _plans[facts] = plan
+    return plan
+
+
+def _check_masks(op: str, sources: list[Tensor], masks: list[Tensor], names: Sequence[str]) -> None:
+    if len(masks) != len(sources):
+        raise error(op, "mask", f"a sequence of {len(sources)}, one for each x", len(masks))
+    for source, mask, name in zip(sources, masks, names, strict=True):
+        check_mask(op, mask, source, name)
+
+
+def check_steps(op: str, masks: list[Tensor], steps: Sequence[WindowStep]) -> None:
+    """check_chain, once for chains that look alike."""
+    facts = _chain_facts(masks, steps) if is_eager() else None
+    if facts is None or facts not in _chains:
+        check_chain(op, [tuple(m.shape) for m in masks], steps)
+        if facts is not None:
+            if len(_chains) >= _MOST:
+                _chains.clear()
+            _chains.add(facts)
+
+
+def _chain_facts(masks: list[Tensor], steps: Sequence[WindowStep]) -> tuple[object, ...] | None:
+    facts: list[object] = [m.shape for m in masks]
+    try:
+        for step in steps:
+            for numbers in step:
+                facts += numbers
+                facts.append(None)
+        hash(tuple(facts))
+    except TypeError:  # not steps, which the check says in words
+        return None
+    # With the types: 3.0 equals 3, and yet is refused.
+    return *facts, *map(type, facts)
+
+
+def _facts(
+    op: str,
+    sources: list[Tensor],
+    masks: list[Tensor] | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window | None,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    fold: bool | None,
+) -> tuple[object, ...] | None:
+    """All that `plan_of` looks at; None if it cannot be kept."""
+    upsample, stride, padding, dilation, groups, zeroed = geometry
+    activation, slope, norm = epilogue
+    given = [activation, slope, fold, groups, *upsample]
+    tensors: list[object] = [weight, bias, *sources, None]
+    if masks is not None:
+        tensors += masks
+    if norm is not None:
+        tensors += norm[:4]
+        given += (norm.training, norm.training or trains_gain(norm))
+    if window is not None:
+        tensors += (None, window.counts, window.mask, *window.planes)
+        given.append(window.full)
+    if not _PLAIN.issuperset(map(type, given)):
+        return None
+    kind = weight.device.type
+    # The meta device has no autocast to ask for.
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    facts: list[object] = [op, _backends._selected, autocast, len(sources), masks is None, norm is None, window is None]
+    # With its type, since 1.0 equals 1, and yet is refused; `pair` has seen to the other numbers.
+    facts += (type(groups), *given, *stride, *padding, *dilation, *zeroed)
+    for t in tensors:
+        if t is None:
+            facts.append(None)
+        elif isinstance(t, Tensor):
+            facts += (t.shape, t.dtype, t.device)
+        else:
+            return None
+    return tuple(facts)
+
+
+def _decide(
+    op: str,
+    sources: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    fold: bool | None,
+) -> Plan:
+    dtype = _result_dtype(op, sources, weight, bias)
+    # A trained gain over fixed statistics is a factor of the weight, and a half type would round that product, too.
+    inner = torch.float32 if dtype != torch.float64 and trains_gain(epilogue.norm) else dtype
+    call = _describe(sources, weight, inner, geometry, epilogue, fold)
+    if call.batch_statistics and call.rows == 1:
+        raise error(op, "x", "more than one value per channel for batch statistics", "1 (.eval() takes none)")
+    kernel = routes.choose(op, call)
+    oneDNN = kernel == "vendor" and call.device != _backends.DEVICE["cuda"]
+    if oneDNN and inner == torch.float16:
+        # It has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
+        inner = torch.float32
+    device = weight.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold)
+    return Plan(kernel, dtype, inner, fold_from, oneDNN, autocast, call.rows)
+
+
+def _describe(
+    sources: list[Tensor], weight: Tensor, dtype: torch.dtype, geometry: Geometry, epilogue: Epilogue, fold: bool | None
+) -> routes.Call:
+    up, (stride, padding, dilation) = geometry.upsample[0], geometry[1:4]
+    outputs, _, *kernel = weight.shape
+    size = [output_size(sources[0].size(2 + d) * up, kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1)]
+    return routes.Call(
+        weight.device.type,
+        dtype,
+        len(sources),
+        sum(s.size(1) for s in sources),
+        outputs,
+        kernel,
+        stride,
+        dilation,
+        geometry.groups,
+        sources[0].size(0) * size[0] * size[1],
+        2 in geometry.upsample,
+        epilogue.norm is not None and epilogue.norm.training,
+        bool(fold) and 2 in geometry.upsample,
+    )
+
+
+def _result_dtype(op: str, sources: list[Tensor], weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    if autocasts(weight) and all(autocasts(s) for s in sources):
+        return torch.get_autocast_dtype(weight.device.type)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype != sources[0].dtype:
+            raise error(op, name, f"{sources[0].dtype} as x", parameter.dtype)
+    return sources[0].dtype
+
+
+def trains_gain(norm: BatchNorm | None) -> bool:
+    return norm is not None and not norm.training and norm.weight.requires_grad and torch.is_grad_enabled()
