@@ -11,7 +11,7 @@ from .checks import check_one_device, check_output_size
 from .dispatch import count, count_chain, run
 from .packing import PackedWeight
 from .plan import check_steps, plan_of
-from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
+from .types import BatchNorm, Epilogue, Geometry, Inputs, Window, WindowStep
 
 
 def partial_conv2d(
@@ -88,7 +88,8 @@ def partial_conv2d(
     zeroed = [holes_zero] * len(sources) if isinstance(holes_zero, bool) else list(holes_zero)
     geometry = _geometry(op, ups, stride, padding, dilation, groups, zeroed)
     epilogue = Epilogue(activation, slope, batch_norm)
-    return _convolve(op, sources, masks, names, weight, bias, geometry, epilogue, window, fold, packed, multi_channel)
+    given = Inputs(op, sources, masks, names, weight, bias, window, geometry, epilogue, fold)
+    return _convolve(given, packed, multi_channel)
 
 
 def partial_upconv2d(
@@ -131,9 +132,7 @@ def partial_upconv2d(
     geometry = _geometry(op, [2, 1], 1, k // 2, 1, 1, [False, False])
     epilogue = Epilogue(activation, slope, batch_norm)
     names = ["mask", "skip_mask"]
-    return _convolve(
-        op, [x, skip], [mask, skip_mask], names, weight, bias, geometry, epilogue, window, fold, None, False
-    )
+    return _convolve(Inputs(op, [x, skip], [mask, skip_mask], names, weight, bias, window, geometry, epilogue, fold))
 
 
 def partial_window(
@@ -237,25 +236,12 @@ def _geometry(
     )
 
 
-def _convolve(
-    op: str,
-    sources: list[Tensor],
-    masks: list[Tensor] | None,
-    names: Sequence[str],
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    window: Window | None,
-    fold: bool | None,
-    packed: PackedWeight | None,
-    multi_channel: bool,
-) -> tuple[Tensor, Tensor]:
-    plan = plan_of(op, sources, masks, names, weight, bias, window, geometry, epilogue, fold)
-    y, mask = run(plan, op, sources, masks, names, weight, bias, window, geometry, epilogue, packed)
-    if window is None:
+def _convolve(given: Inputs, packed: PackedWeight | None = None, multi_channel: bool = False) -> tuple[Tensor, Tensor]:
+    y, mask = run(plan_of(given), given, packed)
+    masks = given.masks
+    if given.window is None:
         mask = mask.to(masks[0].dtype if masks else y.dtype)
     elif masks is not None:
         # A copy of a window that others may share.
         mask = mask.to(masks[0].dtype, copy=True)
-    return y, mask.expand(-1, weight.size(0), -1, -1) if multi_channel else mask
+    return y, mask.expand(-1, given.weight.size(0), -1, -1) if multi_channel else mask

@@ -15,28 +15,17 @@ from . import reference, routes
 from .packing import PackedWeight
 from .plan import Plan, trains_gain
 from .schema import ops
-from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
+from .types import BatchNorm, Epilogue, Geometry, Inputs, Window, WindowStep
 
 
-def run(
-    plan: Plan,
-    op: str,
-    sources: list[Tensor],
-    masks: list[Tensor] | None,
-    names: Sequence[str],
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Window | None,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    packed: PackedWeight | None,
-) -> tuple[Tensor, Tensor]:
+def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor, Tensor]:
     """The layer's output, in the dtype that x (or autocast) asks for, and its new mask."""
+    _, sources, masks, _, weight, bias, window, geometry, epilogue, _ = given
     kernel, dtype, inner = plan[:3]
     if window is not None:
         planes = list(window.planes)
     elif kernel in ("vendor", "reference"):
-        window = _window_of(op, sources, masks, names, weight.shape[2:], geometry)
+        window = _window_of(given)
         planes = list(window.planes)
     else:  # "direct" and "triton" sum the masks in the same launch, in whatever type they come
         planes = _given(sources, masks)
@@ -179,18 +168,12 @@ def _track(norm: BatchNorm, mean: Tensor, var: Tensor, factor: float) -> None:
             running_var.lerp_((var * factor).to(running_var.dtype), momentum)
 
 
-def _window_of(
-    op: str,
-    sources: list[Tensor],
-    masks: list[Tensor] | None,
-    names: Sequence[str],
-    kernel: Sequence[int],
-    geometry: Geometry,
-) -> Window:
+def _window_of(given: Inputs) -> Window:
+    op, sources, masks, names = given[:4]
     planes = _given(sources, masks)
     if masks is not None:
         planes = [plane_of(op, mask, name) for mask, name in zip(planes, names, strict=True)]
-    return count(op, planes, [s.size(1) for s in sources], kernel, geometry)
+    return count(op, planes, [s.size(1) for s in sources], given.weight.shape[2:], given.geometry)
 
 
 def _given(sources: list[Tensor], masks: list[Tensor] | None) -> list[Tensor]:

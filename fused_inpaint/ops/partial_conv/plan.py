@@ -12,7 +12,7 @@ from ..._library import is_eager
 from ..checks import autocasts, check_mask, error, output_size
 from . import routes
 from .checks import check_call, check_chain, check_window
-from .types import BatchNorm, Epilogue, Geometry, Window, WindowStep
+from .types import BatchNorm, Epilogue, Geometry, Inputs, WindowStep
 
 
 class Plan(NamedTuple):
@@ -38,28 +38,18 @@ def forget() -> None:
     _plans.clear()
 
 
-def plan_of(
-    op: str,
-    sources: list[Tensor],
-    masks: list[Tensor] | None,
-    names: Sequence[str],
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Window | None,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    fold: bool | None,
-) -> Plan:
+def plan_of(given: Inputs) -> Plan:
     """Refuses what does not fit, in words."""
-    facts = _facts(op, sources, masks, weight, bias, window, geometry, epilogue, fold) if is_eager() else None
+    facts = _facts(given) if is_eager() else None
     plan = None if facts is None else _plans.get(facts)
     if plan is None:
+        op, sources, masks, names, weight, bias, window, geometry, epilogue, _ = given
         check_call(op, sources, weight, bias, geometry, epilogue)
         if window is not None:
             check_window(op, window, sources, weight, geometry)
         if masks is not None:
             _check_masks(op, sources, masks, names)
-        plan = _decide(op, sources, weight, bias, geometry, epilogue, fold)
+        plan = _decide(given)
         if facts is not None:
             if len(_plans) >= _MOST:
                 _plans.clear()
@@ -99,38 +89,29 @@ def _chain_facts(masks: list[Tensor], steps: Sequence[WindowStep]) -> tuple[obje
     return *facts, *map(type, facts)
 
 
-def _facts(
-    op: str,
-    sources: list[Tensor],
-    masks: list[Tensor] | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Window | None,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    fold: bool | None,
-) -> tuple[object, ...] | None:
+def _facts(given: Inputs) -> tuple[object, ...] | None:
     """All that `plan_of` looks at; None if it cannot be kept."""
+    op, sources, masks, _, weight, bias, window, geometry, epilogue, fold = given
     upsample, stride, padding, dilation, groups, zeroed = geometry
     activation, slope, norm = epilogue
-    given = [activation, slope, fold, groups, *upsample]
+    plain = [activation, slope, fold, groups, *upsample]
     tensors: list[object] = [weight, bias, *sources, None]
     if masks is not None:
         tensors += masks
     if norm is not None:
         tensors += norm[:4]
-        given += (norm.training, norm.training or trains_gain(norm))
+        plain += (norm.training, norm.training or trains_gain(norm))
     if window is not None:
         tensors += (None, window.counts, window.mask, *window.planes)
-        given.append(window.full)
-    if not _PLAIN.issuperset(map(type, given)):
+        plain.append(window.full)
+    if not _PLAIN.issuperset(map(type, plain)):
         return None
     kind = weight.device.type
     # The meta device has no autocast to ask for.
     autocast = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     facts: list[object] = [op, _backends._selected, autocast, len(sources), masks is None, norm is None, window is None]
     # With its type, since 1.0 equals 1, and yet is refused; `pair` has seen to the other numbers.
-    facts += (type(groups), *given, *stride, *padding, *dilation, *zeroed)
+    facts += (type(groups), *plain, *stride, *padding, *dilation, *zeroed)
     for t in tensors:
         if t is None:
             facts.append(None)
@@ -141,15 +122,8 @@ def _facts(
     return tuple(facts)
 
 
-def _decide(
-    op: str,
-    sources: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    fold: bool | None,
-) -> Plan:
+def _decide(given: Inputs) -> Plan:
+    op, sources, _, _, weight, bias, _, geometry, epilogue, fold = given
     dtype = _result_dtype(op, sources, weight, bias)
     # A trained gain over fixed statistics is a factor of the weight, and a half type would round that product, too.
     inner = torch.float32 if dtype != torch.float64 and trains_gain(epilogue.norm) else dtype

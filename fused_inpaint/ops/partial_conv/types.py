@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the partial convolution's functions hand to each other."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,3 +61,18 @@ class Epilogue(NamedTuple):
     activation: str
     slope: float
     norm: BatchNorm | None
+
+
+class Inputs(NamedTuple):
+    """What a convolution is called with, brought into one form."""
+
+    op: str  # the function that messages name
+    sources: list[Tensor]  # (N, C_i, H_i, W_i)
+    masks: list[Tensor] | None  # (N or 1, 1 or C_i, H_i, W_i)
+    names: Sequence[str]  # of the masks, in messages
+    weight: Tensor  # (O, sum C_i / groups, kh, kw)
+    bias: Tensor | None  # (O,)
+    window: Window | None
+    geometry: Geometry
+    epilogue: Epilogue
+    fold: bool | None  # the upsampling into the kernel; None: as the table says
