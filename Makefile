@@ -2,6 +2,7 @@
 # Each target makes the virtual environment it needs; python3, a C++ compiler and make are enough to start.
 #
 #   make test TORCH=torch==2.11.0
+#   make test WORKERS=0    in one process
 #   make test TESTS=tests/test_web.py TEST_EXTRAS=test,demo,web-test
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
@@ -11,6 +12,8 @@ TORCH ?= torch==2.13.0
 DEMO ?=
 TESTS ?= tests
 TEST_EXTRAS ?= test,demo
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 # Installing again is due when what is compiled or declared changes; edits to Python files show through the editable install.
@@ -34,10 +37,10 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/fused-inpaint demo $(DEMO)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -q $(TESTS)
+	$(PYTEST) $(TESTS)
 
 coverage: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -q --cov --cov-report=term-missing:skip-covered $(TESTS)
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(TESTS)
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only -q
