@@ -64,7 +64,10 @@ def compiler_version(command):
     """The first line it says of itself; "" if it does not run."""
     if shutil.which(command[0]) is None:
         return ""
-    run = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    try:
+        run = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    except OSError:  # not of this machine's format
+        return ""
     return run.stdout.split("\n")[0] if run.returncode == 0 else ""
 
 

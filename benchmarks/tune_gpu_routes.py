@@ -66,7 +66,7 @@ def measure(layer: Layer, batch: int) -> dict[str, float]:
     times["window"] = microseconds(window)
     summed, chosen = window(), routes.choose
     for kernel, fold in forms(layer, problem.sizes["rows"]):
-        routes.choose = lambda op, call, kernel=kernel: kernel
+        routes.choose = lambda op, call, selected, kernel=kernel: kernel
         plan.forget()
         try:
             times[kernel + {True: " folded", False: " unfolded", None: ""}[fold]] = microseconds(

@@ -95,21 +95,33 @@ def _refusal(name: str, device: str) -> str:
     return _MISSING[name]
 
 
-def choose(op: str, device: str, prefer: Sequence[str] = (), refusal: Callable[[str], str] = lambda name: "") -> str:
+def selected() -> str:
+    return _selected
+
+
+def choose(
+    op: str,
+    device: str,
+    prefer: Sequence[str] = (),
+    refusal: Callable[[str], str] = lambda name: "",
+    selected: str | None = None,
+) -> str:
     """The backend for one call of `op` on tensors of a device type.
 
     `prefer`: backends that are faster for this call than the usual order says. `refusal`: why a backend that runs here
-    can't run this call; empty if it can.
+    can't run this call; empty if it can. `selected`: by `use_backend`, if not what it is now.
     """
-    if _selected == "auto":
+    if selected is None:
+        selected = _selected  # read once: another thread may select another
+    if selected == "auto":
         for name in (*prefer, *_PRIORITY):
             if not (_refusal(name, device) or refusal(name)):
                 return name
-    _require_known(_selected)
-    reason = _refusal(_selected, device) or refusal(_selected)
+    _require_known(selected)
+    reason = _refusal(selected, device) or refusal(selected)
     if reason:
-        raise NoBackendError(f"{op}: backend must be able to run this call, got {_selected}: {reason}")
-    return _selected
+        raise NoBackendError(f"{op}: backend must be able to run this call, got {selected}: {reason}")
+    return selected
 
 
 def chosen(name: str, device: str) -> bool:

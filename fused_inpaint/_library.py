@@ -40,7 +40,7 @@ def define(
         assert setup_context is not None
         torch.library.register_autograd(full, backward, setup_context=setup_context, lib=library)
         operator = _shortcut(operator, backward, setup_context)
-    setattr(ops, name, operator)
+    setattr(ops, name, _without_tangents(name, operator))
 
 
 # What torch itself enters an operator's derivative with; without them, the registered way is the only one.
@@ -117,8 +117,6 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     apply = super(torch.autograd.Function, function).apply
 
     def call(*arguments: Any) -> Any:
-        if getattr(forward_ad, "_current_level", -1) >= 0:
-            _refuse_tangents(operator._schema.name.split("::")[1], arguments)
         if not is_eager():
             return operator(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
@@ -135,16 +133,37 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     return call
 
 
-def _refuse_tangents(name: str, arguments: Any) -> None:
-    """An operator with no forward-mode derivative would drop tangents without a word."""
-    for argument in arguments:
-        if isinstance(argument, list | tuple):
-            _refuse_tangents(name, argument)
-        elif isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+def _without_tangents(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, refusing tangents: it has no forward-mode derivative, and would drop them without a word."""
+
+    def call(*arguments: Any) -> Any:
+        output = operator(*arguments)
+        # What is made of masks has no derivative.
+        if getattr(forward_ad, "_current_level", -1) >= 0 and _is_float(output) and _has_tangent(arguments):
             raise NotImplementedError(
                 f'{name}: tensors must be without tangents, got one with; within use_backend("reference") forward-mode '
                 "derivatives are computed"
             )
+        return output
+
+    return call
+
+
+def _is_float(output: Any) -> bool:
+    if isinstance(output, list | tuple):
+        return any(map(_is_float, output))
+    return isinstance(output, Tensor) and output.is_floating_point()
+
+
+def _has_tangent(argument: Any) -> bool:
+    if isinstance(argument, list | tuple):
+        return any(map(_has_tangent, argument))
+    if not isinstance(argument, Tensor):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        # Only the innermost transform's tangent can be asked for, and not of all transforms.
+        return torch._C._functorch.is_functorch_wrapped_tensor(argument)
+    return forward_ad.unpack_dual(argument).tangent is not None
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:

@@ -124,11 +124,11 @@ def test_hole_out_of_the_networks_reach_is_reported_and_filled(folder, capsys):
         ),
         (
             ("photo.png", "--mask", "mask.png", "-o", "out.png", "--strategy", "tile", "--size", "9"),
-            "--strategy and --size must come with --weights",
+            "--strategy and --size must come with --weights, got none",
         ),
         (
             ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "none.pth", "--seconds", "4"),
-            "--seconds must come without --weights",
+            "--seconds must come without --weights, got both",
         ),
     ],
     ids=["photo", "mask size", "jpg", "folder", "overwrite", "no weights", "bad weights", "no network", "no fitting"],

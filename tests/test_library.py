@@ -91,22 +91,59 @@ def test_saved_tensors_meet_their_hooks(backend: str, device: torch.device) -> N
     assert packed
 
 
+def normed(x: Tensor, w: Tensor, m: Tensor, which: int = 0, tangent: Tensor | None = None) -> Tensor:
+    """A layer with fixed statistics, one parameter of which may have a tangent."""
+    parameters = [torch.full((4,), 0.5, device=x.device) for _ in range(4)]
+    if tangent is not None:
+        parameters[which] = forward_ad.make_dual(parameters[which], tangent)
+    norm = ops.BatchNorm(*parameters, False, 0.1, 1e-5)
+    return ops.partial_conv2d(x, m, w, padding=1, batch_norm=norm)[0]
+
+
+ALL_OPS = {**OTHERS, "partial_conv2d": lambda x, w, m: ops.partial_conv2d(x, m, w, padding=1)[0], "normed": normed}
+REFUSED = pytest.raises(NotImplementedError, match=r"^\w+: tensors must be without tangents, got one with; ")
+
+
 @OPERATORS
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_forward_mode_is_refused_and_not_dropped(backend: str, device: torch.device, name: str) -> None:
-    """Under torch.func, too; the reference has the derivative."""
+    """Under torch.func and in the backward, too; the reference has the derivative."""
     x, w, tangent = (torch.rand(size, device=device) for size in ((2, 4, 4, 6), (4, 4, 3, 3), (2, 4, 4, 6)))
     mask = MASK.to(device)
-    with forward_ad.dual_level():
-        OTHERS[name](x, w, mask)
-        with pytest.raises(NotImplementedError, match=r"^\w+: tensors must be without tangents, got one with; "):
-            OTHERS[name](forward_ad.make_dual(x, tangent), w, mask)
 
     def f(x: Tensor) -> Tensor:
-        return OTHERS[name](x, w, mask)
+        return ALL_OPS[name](x, w, mask)
 
-    with pytest.raises(NotImplementedError, match="must be without tangents"):
-        torch.func.jvp(f, (x,), (tangent,))
-    with use_backend("reference"):
-        moved = torch.func.jvp(f, (x,), (tangent,))[1]
-    assert moved.abs().max() > 0
+    def nested(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda a: a * f(x).sum())(torch.tensor(2.0, device=device))
+
+    leaf = x.clone().requires_grad_()
+    with forward_ad.dual_level():
+        y = f(leaf)
+        with REFUSED:
+            f(forward_ad.make_dual(x, tangent))
+        grad = forward_ad.make_dual(torch.ones_like(y), torch.rand_like(y))
+        if name.startswith("gram_l1"):  # whose backward is a product of torch's
+            (found,) = torch.autograd.grad(y, leaf, grad)
+            assert forward_ad.unpack_dual(found).tangent.abs().max() > 0
+        else:
+            with REFUSED:
+                torch.autograd.grad(y, leaf, grad)
+    for function in (f, nested):
+        with REFUSED:
+            torch.func.jvp(function, (x,), (tangent,))
+        with use_backend("reference"):
+            moved = torch.func.jvp(function, (x,), (tangent,))[1]
+        assert moved.abs().max() > 0
+
+
+@OPERATORS
+@pytest.mark.parametrize("which", range(4))
+def test_tangents_of_a_norm_are_refused(backend: str, device: torch.device, which: int) -> None:
+    x, w, tangent = (torch.rand(size, device=device) for size in ((2, 4, 4, 6), (4, 4, 3, 3), (4,)))
+    with forward_ad.dual_level():
+        with REFUSED:
+            normed(x, w, MASK.to(device), which, tangent)
+        with use_backend("reference"):
+            y = normed(x, w, MASK.to(device), which, tangent)
+        assert forward_ad.unpack_dual(y).tangent.abs().max() > 0

@@ -90,6 +90,18 @@ def test_unknown_build_choice_is_refused():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("text", ["not a program", "#!/bin/sh\nexit 3\n"])
+def test_compiler_that_does_not_run_is_none(text, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(text)
+    compiler.chmod(0o755)
+    environment = {**os.environ, "FUSED_INPAINT_BUILD": "cpu", "CXX": str(compiler)}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert f"no C++ compiler was found (CXX={compiler} is not on PATH, or does not run)" in result.stderr
+
+
 class Environment:
     """A new virtual environment, with this one's packages in sight if `dependencies` names a folder of them."""
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from cases import KERNELS
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fused_inpaint import NoBackendError, ops, use_backend
 from fused_inpaint.ops.partial_conv import plan, routes
@@ -28,6 +30,11 @@ def chain(device: torch.device, **changes: Any) -> list[ops.Window]:
 BAD: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "stride": (conv, dict(stride=1.0), "stride must be an int or two of at least 1, got 1.0"),
     "padding": (conv, dict(padding=(1.0, 1)), "padding must be an int or two of at least 0, got (1.0, 1)"),
+    "lengths": (
+        conv,
+        dict(upsample=[], holes_zero=[True, False]),
+        "upsample must be 1 or 2 for each of 1 sources, got []",
+    ),
     "groups": (conv, dict(groups=1.0), "groups must be a positive int, 1 with several sources, got 1.0"),
     "groups_list": (conv, dict(groups=[1]), "groups must be a positive int, 1 with several sources, got [1]"),
     "activation": (conv, dict(activation=["relu"]), "activation must be none, relu or leaky_relu, got ['relu']"),
@@ -128,6 +135,29 @@ def test_no_more_is_kept_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.ones(1, 1, side, side), [ops.WindowStep([0], [3], [1], *[[1, 1]] * 2, [0, 0], [1, 1])]
         )
         assert len(plan._plans) <= 3 and len(plan._chains) <= 3
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="there is no kernel to choose")
+def test_another_thread_selects_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for a backend is that backend's."""
+    monkeypatch.setattr(plan, "_plans", {})
+    chosen = routes.choose
+
+    def choose(*arguments: Any) -> str:
+        use_backend("reference")
+        return chosen(*arguments)
+
+    with use_backend("cpu"):
+        monkeypatch.setattr(routes, "choose", choose)
+        conv(torch.device("cpu"))
+    assert [kept.kernel for kept in plan._plans.values()] == ["vendor"]
+
+
+def test_sizes_without_a_hash() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = {"x": (2, 4, 6, 6), "mask": (2, 1, 6, 6), "weight": (4, 4, 3, 3)}
+    y, _ = conv(torch.device("cpu"), **{name: mode.from_tensor(torch.rand(size)) for name, size in sizes.items()})
+    assert tuple(y.shape) == (2, 4, 6, 6)
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="there is no kernel to choose")

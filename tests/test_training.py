@@ -228,6 +228,32 @@ def test_a_stop_between_a_step_and_its_end_saves_the_next(folder: Path, tmp_path
     assert run.step == 2 and [path.stem for path in tmp_path.glob("checkpoint-*.pt")] == ["checkpoint-0000002"]
 
 
+def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    run = trainer(folder, tmp_path, save_every=100)
+    run.stop()
+    run.run()
+    assert run.step == 1
+    run.run()
+    assert run.step == 4
+
+
+def test_interrupted_at_once(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """As a second Ctrl-C does: what there is goes on, and Ctrl-C that is somebody else's is left to them."""
+    command = ["train", "pconv", "--data", str(folder), "--out", str(tmp_path / "run"), "--size", "32", "--batch", "2"]
+    command += ["--workers", "0", "--config", '{"levels": 2, "width": 4}', "--steps"]
+    taken = []
+    former = signal.signal(signal.SIGINT, lambda *_: taken.append(1))
+    try:
+        monkeypatch.setattr(loop.Trainer, "_sample", lambda self: signal.raise_signal(signal.SIGINT))
+        assert main([*command, "1"]) == 0 and taken == [1]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        monkeypatch.setattr(loop.Trainer, "run", lambda *_: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+        assert main([*command, "2"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert capsys.readouterr().err.endswith("interrupted, the same command goes on from the last checkpoint\n")
+
+
 def test_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
     recipe = small("pconv")
     calls = 0
@@ -397,7 +423,7 @@ def test_mistakes(change: dict[str, str], sentence: str, folder: Path, tmp_path:
 
 
 NO_MEMORY = "fused-inpaint train: batch and size must fit into memory, got none left; --batch, --size, --amp\n"
-GOES_ON = "\nfused-inpaint train: interrupted, the same command goes on from the last checkpoint\n"
+NOTHING = "\nfused-inpaint train: interrupted, nothing written\n"
 
 
 @pytest.mark.parametrize(
@@ -406,7 +432,7 @@ GOES_ON = "\nfused-inpaint train: interrupted, the same command goes on from the
         (MemoryError(), 2, NO_MEMORY),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 2, NO_MEMORY),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 2, NO_MEMORY),
-        (KeyboardInterrupt(), 130, GOES_ON),
+        (KeyboardInterrupt(), 130, NOTHING),
         (RuntimeError("of another kind"), None, ""),
     ],
     ids=["memory", "allocator", "worker", "interrupt", "another"],

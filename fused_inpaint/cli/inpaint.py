@@ -111,7 +111,8 @@ def _method(arguments: argparse.Namespace) -> Method:
     )
     if strange := fitting if arguments.weights else network:
         names = " and ".join(f"--{name}" for name in strange)
-        raise UserError(f"{names} must come {'without' if arguments.weights else 'with'} --weights")
+        how, got = ("without", "both") if arguments.weights else ("with", "none")
+        raise UserError(f"{names} must come {how} --weights, got {got}")
     if not arguments.weights:
         return completion.InternalLearning(**fitting)
     try:

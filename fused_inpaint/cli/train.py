@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +132,9 @@ def _train(arguments: argparse.Namespace, device: str, first: bool) -> None:
             raise UserError("batch and size must fit into memory, got none left; --batch, --size, --amp") from None
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command goes on from the last checkpoint") from None
+        if any(out.glob("checkpoint-*.pt")):
+            raise KeyboardInterrupt("the same command goes on from the last checkpoint") from None
+        raise
     finally:
         bar.close()
     if trainer.step < options.steps:
@@ -143,8 +146,9 @@ def _train(arguments: argparse.Namespace, device: str, first: bool) -> None:
 @contextmanager
 def _interruptible(trainer: Trainer) -> Iterator[None]:
     """The first Ctrl-C ends the run after its step, with a checkpoint; another one at once. Not in one of several
-    processes, which would wait for each other."""
-    if trainer.world > 1:
+    processes, which would wait for each other, nor where Ctrl-C is somebody else's or another thread's."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if trainer.world > 1 or not ours or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -32,10 +32,17 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast casts to on a device type; None without autocast."""
+    # The meta device has none to ask for.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast decides the dtype: it does for all but float64."""
-    # The meta device has no autocast to ask for.
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return autocast_dtype(x.device.type) is not None and x.dtype != torch.float64
 
 
 def check_feature_map(op: str, name: str, x: Tensor, like: Tensor) -> None:

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,8 @@ class Perceptual:
 def _as_cached(path: str, name: str) -> Iterator[None]:
     """Torchvision takes weights from torch's cache alone: for a while the cache is a folder with this file in it."""
     torch.load(path, map_location="cpu", weights_only=True)  # torchvision would run code that it holds
-    before = torch.hub.get_dir()
+    hub: Any = torch.hub
+    before = hub._hub_dir  # None where the environment says it; get_dir() would settle it for good
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Path(folder, "checkpoints")
         checkpoints.mkdir()
@@ -106,7 +108,7 @@ def _as_cached(path: str, name: str) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.hub.set_dir(before)
+            hub._hub_dir = before
 
 
 def _reason(error: Exception) -> str:

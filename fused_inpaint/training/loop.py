@@ -123,6 +123,7 @@ class Trainer:
             if self.rank == 0 and self.step == options.steps:
                 self._finish()
         finally:
+            self._stopped = False
             if log is not None:
                 log.close()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published checkpoints, under their own key names: one file for each source."""
 
+import zipfile
 from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
@@ -132,10 +133,10 @@ def _read(given: str | PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, 
 
 
 def _is_pickled(path: str) -> bool:
-    """Whether it begins as a file of torch.save does, in a zip archive or as it was before."""
+    """Whether it is a file of torch.save, a whole zip archive or as it was before."""
     try:
         with open(path, "rb") as file:
-            return file.read(1) in (b"P", b"\x80")
+            return zipfile.is_zipfile(file) or (file.seek(0) == 0 and file.read(1) == b"\x80")
     except OSError:  # a folder
         return False
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _backends
 from ..._library import is_eager
-from ..checks import autocasts, check_mask, error, output_size
+from ..checks import autocast_dtype, autocasts, check_mask, error, output_size
 from . import routes
 from .checks import check_call, check_chain, check_window
 from .types import BatchNorm, Epilogue, Geometry, Inputs, WindowStep
@@ -40,8 +40,13 @@ def forget() -> None:
 
 def plan_of(given: Inputs) -> Plan:
     """Refuses what does not fit, in words."""
-    facts = _facts(given) if is_eager() else None
-    plan = None if facts is None else _plans.get(facts)
+    selected = _backends.selected()
+    facts = _facts(given, selected) if is_eager() else None
+    plan = None
+    try:
+        plan = None if facts is None else _plans.get(facts)
+    except TypeError:  # a fake tensor's sizes may be symbols, which have no hash
+        facts = None
     if plan is None:
         op, sources, masks, names, weight, bias, window, geometry, epilogue, _ = given
         check_call(op, sources, weight, bias, geometry, epilogue)
@@ -49,7 +54,7 @@ def plan_of(given: Inputs) -> Plan:
             check_window(op, window, sources, weight, geometry)
         if masks is not None:
             _check_masks(op, sources, masks, names)
-        plan = _decide(given)
+        plan = _decide(given, selected)
         if facts is not None:
             if len(_plans) >= _MOST:
                 _plans.clear()
@@ -89,7 +94,7 @@ def _chain_facts(masks: list[Tensor], steps: Sequence[WindowStep]) -> tuple[obje
     return *facts, *map(type, facts)
 
 
-def _facts(given: Inputs) -> tuple[object, ...] | None:
+def _facts(given: Inputs, selected: str) -> tuple[object, ...] | None:
     """All that `plan_of` looks at; None if it cannot be kept."""
     op, sources, masks, _, weight, bias, window, geometry, epilogue, fold = given
     upsample, stride, padding, dilation, groups, zeroed = geometry
@@ -106,10 +111,8 @@ def _facts(given: Inputs) -> tuple[object, ...] | None:
         plain.append(window.full)
     if not _PLAIN.issuperset(map(type, plain)):
         return None
-    kind = weight.device.type
-    # The meta device has no autocast to ask for.
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    facts: list[object] = [op, _backends._selected, autocast, len(sources), masks is None, norm is None, window is None]
+    facts: list[object] = [op, selected, autocast_dtype(weight.device.type)]
+    facts += (masks is None, norm is None, window is None, len(sources), len(upsample), len(zeroed))
     # With its type, since 1.0 equals 1, and yet is refused; `pair` has seen to the other numbers.
     facts += (type(groups), *plain, *stride, *padding, *dilation, *zeroed)
     for t in tensors:
@@ -122,7 +125,7 @@ def _facts(given: Inputs) -> tuple[object, ...] | None:
     return tuple(facts)
 
 
-def _decide(given: Inputs) -> Plan:
+def _decide(given: Inputs, selected: str) -> Plan:
     op, sources, _, _, weight, bias, _, geometry, epilogue, fold = given
     dtype = _result_dtype(op, sources, weight, bias)
     # A trained gain over fixed statistics is a factor of the weight, and a half type would round that product, too.
@@ -130,13 +133,12 @@ def _decide(given: Inputs) -> Plan:
     call = _describe(sources, weight, inner, geometry, epilogue, fold)
     if call.batch_statistics and call.rows == 1:
         raise error(op, "x", "more than one value per channel for batch statistics", "1 (.eval() takes none)")
-    kernel = routes.choose(op, call)
+    kernel = routes.choose(op, call, selected)
     oneDNN = kernel == "vendor" and call.device != _backends.DEVICE["cuda"]
     if oneDNN and inner == torch.float16:
         # It has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
         inner = torch.float32
-    device = weight.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    autocast = autocast_dtype(weight.device.type) is not None
     fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold)
     return Plan(kernel, dtype, inner, fold_from, oneDNN, autocast, call.rows)
 

@@ -72,11 +72,11 @@ def refusal(kernel: str, call: Call) -> str:
     return ""
 
 
-def choose(op: str, call: Call) -> str:
+def choose(op: str, call: Call, selected: str | None = None) -> str:
     """The kernel for a call: "vendor" (of the cpu and cuda backends), "direct" (of cuda), "triton" or "reference"."""
     wanted = _wanted(call)
     prefer = [_BACKEND[kernel] for kernel in wanted]
-    backend = _backends.choose(op, call.device, prefer, lambda name: refusal(name, call))
+    backend = _backends.choose(op, call.device, prefer, lambda name: refusal(name, call), selected)
     for kernel in wanted:
         if _BACKEND[kernel] == backend:
             return kernel
