@@ -395,6 +395,41 @@ def test_mask_folder(tmp_path: Path) -> None:
         MasksOfFolder(tmp_path / "none")
 
 
+def test_masks_that_cannot_be_used_are_passed_over(folder: Path, tmp_path: Path, capsys) -> None:
+    known = np.full((20, 20), 255, np.uint8)
+    known[:5, :5] = 0
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name, pixels in (("a", known), ("b", np.zeros_like(known)), ("c", known), ("d", np.full_like(known, 99))):
+        Image.fromarray(pixels).save(masks / f"{name}.png")
+    given = MasksOfFolder(masks, "black")
+    made = [given(20, np.random.default_rng(seed)) for seed in range(8)]
+    assert all((mask == 0).sum() == 25 for mask in made)
+    command = ["train", "pconv", "--data", str(folder), "--masks", str(masks), "--out", str(tmp_path / "run")]
+    command += [
+        "--size",
+        "32",
+        "--batch",
+        "2",
+        "--workers",
+        "0",
+        "--steps",
+        "1",
+        "--config",
+        '{"levels": 2, "width": 4}',
+    ]
+    assert main(command) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "fused-inpaint train: most masks have over 60% hole; if holes are black, say --hole black",
+        "fused-inpaint train: masks that cannot be used are passed over, 2 of 4 looked at: masks must all be usable, "
+        "got b.png, which is not: mask must mark some hole in white, got none (holes in black: --hole black)",
+    ]
+    for name in ("a", "c"):
+        (masks / f"{name}.png").unlink()
+    with pytest.raises(images.ImageError, match=r"^masks must all be usable, got \w.png, which is not: mask must "):
+        given(20, np.random.default_rng(0))
+
+
 def test_workers_give_the_same(folder: Path, tmp_path: Path) -> None:
     for name, workers in (("none", 0), ("two", 2)):
         trainer(folder, tmp_path / name, steps=2, workers=workers).run()

@@ -7,11 +7,13 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 # models.registry has them, too; a parser should not wait for torch.
 MODELS = ("pconv", "cgan_pc_rn", "region_wise", "deepgin", "aot_gan")
 
+LARGE_HOLE = 0.6  # of a photo; no paper's masks have more
 MOST_SIDE = 8944  # of a square, in pixels: images.MAX_MEGAPIXELS
 
 
@@ -46,6 +48,14 @@ def side(text: str) -> int:
     if value > MOST_SIDE:
         raise argparse.ArgumentTypeError(f"must be at most {MOST_SIDE} pixels, got {text}")
     return value
+
+
+def about_large_holes(shares: Sequence[float], hole: str) -> list[str]:
+    """What may be wrong with masks of these shares of hole, in a sentence if it may."""
+    if 2 * sum(share > LARGE_HOLE for share in shares) <= len(shares):
+        return []
+    other = "black" if hole == "white" else "white"
+    return [f"most masks have over {LARGE_HOLE:.0%} hole; if holes are {other}, say --hole {other}"]
 
 
 class ProgressBar:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._common import MODELS, ProgressBar, UserError, positive_int, seed
+from ._common import MODELS, ProgressBar, UserError, about_large_holes, positive_int, seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,11 +158,7 @@ def _about_masks(source: GivenMasks | MadeMasks, results: Results, hole: str) ->
     lines = ["each photo has the mask of its name"]
     if not source.paired:
         lines = [f"masks are drawn in turn, {source.matching} photos have one of their name"]
-    large = sum(score.ratio > 0.6 for score in results.scores)
-    if 2 * large > len(results.scores):
-        other = "black" if hole == "white" else "white"
-        lines.append(f"most masks have over 60 % hole; if holes are {other}, say --hole {other}")
-    return lines
+    return [*lines, *about_large_holes([score.ratio for score in results.scores], hole)]
 
 
 def _skipped(data: Photos, source: GivenMasks | MadeMasks) -> list[str]:

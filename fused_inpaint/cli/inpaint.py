@@ -9,12 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._common import MODELS, ProgressBar, UserError, positive_float, positive_int, seed
+from ._common import LARGE_HOLE, MODELS, ProgressBar, UserError, positive_float, positive_int, seed
 
 if TYPE_CHECKING:
     from ..completion import Method
-
-LARGE_HOLE = 0.6  # of the photo; no paper's masks have more
 
 
 def add(verbs: Any) -> None:

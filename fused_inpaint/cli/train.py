@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ._common import MODELS, ProgressBar, UserError, positive_float, positive_int, seed, side
+from ._common import MODELS, ProgressBar, UserError, about_large_holes, positive_float, positive_int, seed, side
 
 if TYPE_CHECKING:
     from ..training.loop import Trainer
+    from ..training.photos import MasksOfFolder
 
 VGG_TERMS = ("correlation", "perceptual", "style")
 # What torch says when there is no memory left, and when the system killed a data process for it.
@@ -123,6 +125,8 @@ def _train(arguments: argparse.Namespace, device: str, first: bool) -> None:
         trainer = loop.Trainer(recipe, data, out, options)
         if first:
             _say(arguments, recipe, data, trainer)
+            if isinstance(make_mask, photos.MasksOfFolder):
+                _say_of_masks(make_mask, arguments.hole)
         with _interruptible(trainer):
             trainer.run(bar if first else lambda fraction, text: None)
     except (images.ImageError, loop.TrainingError, ValueError, TypeError) as error:
@@ -161,6 +165,16 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def _say_of_masks(given: MasksOfFolder, hole: str) -> None:
+    shares, wrong = given.look()
+    lines = about_large_holes(shares, hole)
+    if wrong:
+        looked_at = len(shares) + len(wrong)
+        lines.append(f"masks that cannot be used are passed over, {len(wrong)} of {looked_at} looked at: {wrong[0]}")
+    for line in lines:
+        print(f"fused-inpaint train: {line}", file=sys.stderr)
 
 
 def _say(arguments: argparse.Namespace, recipe: Any, data: Any, trainer: Any) -> None:

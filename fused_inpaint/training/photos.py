@@ -35,16 +35,34 @@ class MadeMasks:
 
 
 class MasksOfFolder:
-    """Masks of a folder, one at random each time, mirrored at random."""
+    """Masks of a folder, one at random each time, mirrored at random. One that cannot be used is passed over for the
+    next."""
 
     def __init__(self, folder: str | os.PathLike[str], hole: str = "white") -> None:
-        self.folder, self.hole = folder, hole
-        masks.MaskFolder(folder, None, hole)  # refuses now what it would refuse later
+        self._files = masks.MaskFolder(folder, None, hole)
 
     def __call__(self, side: int, rng: np.random.Generator) -> Tensor:
-        files = masks.MaskFolder(self.folder, side, self.hole)
-        mask = files[int(rng.integers(len(files)))][0]
+        self._files.size = (side, side)
+        first = int(rng.integers(len(self._files)))
+        for step in range(len(self._files)):
+            try:
+                mask = self._files[(first + step) % len(self._files)][0]
+                break
+            except images.ImageError as error:
+                unusable = error
+        else:
+            raise unusable
         return mask.flip([axis for axis in (0, 1) if rng.random() < 0.5])
+
+    def look(self, most: int = 32) -> tuple[list[float], list[str]]:
+        """The shares of hole of some masks spread over the folder, and what is wrong with those that cannot be used."""
+        shares, wrong = [], []
+        for item in np.unique(np.linspace(0, len(self._files) - 1, most).round().astype(int)).tolist():
+            try:
+                shares.append(masks.hole_ratio(self._files[item]))
+            except images.ImageError as error:
+                wrong.append(str(error))
+        return shares, wrong
 
 
 class Photos(Dataset[tuple[Tensor, Tensor]]):
