@@ -73,10 +73,13 @@ def trainer(recipe: recipes.Recipe, folder: Path, out: Path, workers: int, steps
 def beside(run: loop.Trainer, bare: Callable[[], None], steps: int) -> dict[str, list[float]]:
     """Seconds a step, the loop's and the bare step's by turns; the first turn warms up."""
     seconds: dict[str, list[float]] = {"ours": [], "bare step": []}
-    begun = time.perf_counter()
+    begun, done = time.perf_counter(), 0
 
     def turn(fraction: float, text: str) -> None:
-        nonlocal begun
+        nonlocal begun, done
+        done += 1
+        if done % steps:
+            return
         seconds["ours"].append((time.perf_counter() - begun) / steps)
         begun = time.perf_counter()
         for _ in range(steps):

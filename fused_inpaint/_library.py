@@ -40,7 +40,7 @@ def define(
         assert setup_context is not None
         torch.library.register_autograd(full, backward, setup_context=setup_context, lib=library)
         operator = _shortcut(operator, backward, setup_context)
-    setattr(ops, name, _without_tangents(name, operator))
+    setattr(ops, name, _outside_of_transforms(name, operator))
 
 
 # What torch itself enters an operator's derivative with; without them, the registered way is the only one.
@@ -133,37 +133,41 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     return call
 
 
-def _without_tangents(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, refusing tangents: it has no forward-mode derivative, and would drop them without a word."""
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def _outside_of_transforms(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, refusing what it has no rule for: tangents, which it would drop without a word, and torch.func."""
 
     def call(*arguments: Any) -> Any:
+        if not torch.compiler.is_compiling() and _transforms_active() and _any(_is_transformed, arguments):
+            raise NotImplementedError(
+                f"{name}: tensors must be outside of torch.func's transforms, got one within; "
+                'use_backend("reference") has them'
+            )
         output = operator(*arguments)
         # What is made of masks has no derivative.
-        if getattr(forward_ad, "_current_level", -1) >= 0 and _is_float(output) and _has_tangent(arguments):
+        dual = getattr(forward_ad, "_current_level", -1) >= 0 and _any(Tensor.is_floating_point, output)
+        if dual and _any(lambda t: forward_ad.unpack_dual(t).tangent is not None, arguments):
             raise NotImplementedError(
-                f'{name}: tensors must be without tangents, got one with; within use_backend("reference") forward-mode '
-                "derivatives are computed"
+                f'{name}: tensors must be without tangents, got one with; use_backend("reference") has forward-mode '
+                "derivatives"
             )
         return output
 
     return call
 
 
-def _is_float(output: Any) -> bool:
-    if isinstance(output, list | tuple):
-        return any(map(_is_float, output))
-    return isinstance(output, Tensor) and output.is_floating_point()
+def _any(holds: Callable[[Tensor], bool], given: Any) -> bool:
+    """Whether it holds for a tensor among what is given."""
+    if isinstance(given, list | tuple):
+        return any(_any(holds, one) for one in given)
+    return isinstance(given, Tensor) and holds(given)
 
 
-def _has_tangent(argument: Any) -> bool:
-    if isinstance(argument, list | tuple):
-        return any(map(_has_tangent, argument))
-    if not isinstance(argument, Tensor):
-        return False
-    if torch._C._are_functorch_transforms_active():
-        # Only the innermost transform's tangent can be asked for, and not of all transforms.
-        return torch._C._functorch.is_functorch_wrapped_tensor(argument)
-    return forward_ad.unpack_dual(argument).tangent is not None
+def _is_transformed(t: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t)
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:

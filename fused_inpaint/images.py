@@ -150,7 +150,8 @@ def read_sharp_hole(
     note for the user, or ""."""
     is_hole, grey = read_hole(path, hole)
     if size not in (None, is_hole.shape):
-        raise ImageError(f"mask must be {_wide_high(size)} pixels like the photo, got {_wide_high(is_hole.shape)}")
+        expected = f"{_wide_high(size)} pixels (width x height) like the photo"
+        raise ImageError(f"mask must be {expected}, got {_wide_high(is_hole.shape)}")
     if grey > GREY_LIMIT:
         raise ImageError(f"mask must be black and white, got {100 * grey:.0f} % grey pixels")
     return is_hole, f"{100 * grey:.1f} % of the mask is grey; it is cut at half" if grey > GREY_NOTE else ""

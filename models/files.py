@@ -28,7 +28,10 @@ def write_safetensors(path: str | os.PathLike[str], state: dict[str, Tensor], ab
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors makes a file that is its owner's alone
         save_file(tensors, str(partial), metadata={_ENTRY: json.dumps(about), "format": "pt"})
+        partial.chmod(mode)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

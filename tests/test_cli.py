@@ -69,7 +69,7 @@ def test_a_mask_that_may_be_the_wrong_way_round_is_mentioned_once(folder, weight
     noted = [line for line in capsys.readouterr().err.splitlines() if "as hole" in line]
     share = (read("mask.png") > 0).mean()
     assert noted == [
-        f"fused-inpaint inpaint: masks/0.png marks {share:.0%} of its photo as hole; "
+        f"fused-inpaint inpaint: note: masks/0.png marks {share:.0%} of its photo as hole; "
         "if holes are black, say --hole black"
     ]
     assert main([*command, "--hole", "black"]) == 0
@@ -110,7 +110,10 @@ def test_hole_out_of_the_networks_reach_is_reported_and_filled(folder, capsys):
     ("arguments", "sentence"),
     [
         (("absent.png", "--mask", "mask.png", "-o", "out.png"), "photo must be an existing file, got absent.png"),
-        (("photo.png", "--mask", "small.png", "-o", "out.png"), "mask must be 52x40 pixels like the photo, got 5x5"),
+        (
+            ("photo.png", "--mask", "small.png", "-o", "out.png"),
+            "mask must be 52x40 pixels (width x height) like",
+        ),
         (("photo.png", "--mask", "mask.png", "-o", "out.jpg"), "try out.png"),
         (("photo.png", "--mask", "mask.png", "-o", "no/out.png"), "output must be in an existing folder"),
         (("photo.png", "--mask", "mask.png", "-o", "photo.png"), "output must be another file than the inputs"),
@@ -127,11 +130,26 @@ def test_hole_out_of_the_networks_reach_is_reported_and_filled(folder, capsys):
             "--strategy and --size must come with --weights, got none",
         ),
         (
+            ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "none.pth", "--size", "9"),
+            "--size must come with a --strategy of parts or another size, got whole",
+        ),
+        (
             ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "none.pth", "--seconds", "4"),
             "--seconds must come without --weights, got both",
         ),
     ],
-    ids=["photo", "mask size", "jpg", "folder", "overwrite", "no weights", "bad weights", "no network", "no fitting"],
+    ids=[
+        "photo",
+        "size",
+        "jpg",
+        "folder",
+        "overwrite",
+        "no weights",
+        "bad weights",
+        "no network",
+        "whole",
+        "no fitting",
+    ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(folder, capsys, arguments, sentence):
     Image.new("L", (5, 5)).save("small.png")

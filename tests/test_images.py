@@ -136,7 +136,7 @@ def test_masks_of_zeros_and_ones(tmp_path, hole_colour):
         (np.zeros((HIGH, WIDE)), "mask must mark some hole in white, got none"),
         (np.full((HIGH, WIDE), 255), "mask must leave some known pixels, got only white"),
         (np.tile(np.linspace(0, 255, WIDE), (HIGH, 1)), r"mask must be black and white, got \d\d % grey pixels"),
-        (np.zeros((WIDE, HIGH)), "mask must be 19x13 pixels like the photo, got 13x19"),
+        (np.zeros((WIDE, HIGH)), r"mask must be 19x13 pixels \(width x height\) like the photo, got 13x19"),
     ],
     ids=["empty", "full", "grey", "size"],
 )

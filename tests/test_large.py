@@ -122,6 +122,9 @@ def test_saved_and_read_back(model: models.InpaintingModel, tmp_path) -> None:
     expected = model.inpaint(image, mask)
     for path in (tmp_path / "new" / "folder", tmp_path / "one.safetensors"):
         model.save_pretrained(path)
+        file, ordinary = path / "model.safetensors" if path.is_dir() else path, tmp_path / "new" / "ordinary"
+        ordinary.touch()
+        assert file.stat().st_mode == ordinary.stat().st_mode
         again = models.PConv.from_pretrained(path)
         assert again.config == model.config and not again.training
         assert torch.equal(again.inpaint(image, mask), expected)

@@ -235,7 +235,7 @@ def test_refusals(tmp_path) -> None:
         ((18, ("relu1_1",)), r"VGG: depth must be 16 or 19, got 18"),
         ((16, ("relu1_3",)), r"VGG: layers must be of relu1_1, .*, got relu1_3"),
         ((16, ()), r"VGG: layers must be of relu1_1, .*, got none"),
-        ((16, ("relu1_1",), tmp_path / "none.pth"), r"VGG: weights must be a checkpoint of nothing but tensors, got "),
+        ((16, ("relu1_1",), tmp_path / "none.pth"), r"VGG: weights must be an existing file, got "),
     ):
         with pytest.raises(ValueError, match=f"^{sentence}"):
             losses.VGG(*arguments)

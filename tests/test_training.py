@@ -237,6 +237,20 @@ def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path) -> None:
     assert run.step == 4
 
 
+def test_what_changed_is_said(folder: Path, tmp_path: Path, capsys) -> None:
+    command = ["train", "pconv", "--data", str(folder), "--out", str(tmp_path / "run"), "--workers", "0"]
+    command += ["--config", '{"levels": 2, "width": 4}', "--size", "32", "--batch"]
+    assert main([*command, "2", "--steps", "1"]) == 0
+    assert main([*command, "2", "--steps", "2"]) == 0
+    assert capsys.readouterr().err.count("note: ") == 0
+    assert main([*command, "1", "--rate", "0.5", "--steps", "3"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    assert said == [
+        "fused-inpaint train: note: batch is 1, and was 2 until step 2",
+        "fused-inpaint train: note: rate is 0.5, and was 0.0002 until step 2",
+    ]
+
+
 def test_interrupted_at_once(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """As a second Ctrl-C does: what there is goes on, and Ctrl-C that is somebody else's is left to them."""
     command = ["train", "pconv", "--data", str(folder), "--out", str(tmp_path / "run"), "--size", "32", "--batch", "2"]
@@ -372,9 +386,8 @@ def test_photos(folder: Path) -> None:
     assert red[:, 0].mean() > red[:, -1].mean()  # turned by a quarter: what grew downwards falls to the right
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be read and is skipped")
 def test_photo_broken_in_the_middle(tmp_path: Path) -> None:
-    """Its header is whole, so it counts as a photo until it is read."""
+    """Its header is whole, so it counts as a photo until it is read; it is warned of once."""
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / name)
@@ -382,7 +395,9 @@ def test_photo_broken_in_the_middle(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
     photos = Photos(tmp_path, 16, MadeMasks("pconv"), augment=False)
     assert len(photos) == 2 and photos.skipped == 0
-    assert torch.equal(photos[0, 1][0], photos[0, 0][0]) and photos.skipped == 1
+    with pytest.warns(UserWarning, match=r"b\.png cannot be read and is skipped$"):
+        assert torch.equal(photos[0, 1][0], photos[0, 0][0]) and photos.skipped == 1
+    assert torch.equal(photos[0, 1][0], photos[0, 0][0]) and photos.skipped == 2
 
 
 def test_mask_folder(tmp_path: Path) -> None:
@@ -420,9 +435,9 @@ def test_masks_that_cannot_be_used_are_passed_over(folder: Path, tmp_path: Path,
     ]
     assert main(command) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [
-        "fused-inpaint train: most masks have over 60% hole; if holes are black, say --hole black",
-        "fused-inpaint train: masks that cannot be used are passed over, 2 of 4 looked at: masks must all be usable, "
-        "got b.png, which is not: mask must mark some hole in white, got none (holes in black: --hole black)",
+        "fused-inpaint train: note: most masks have over 60% hole; if holes are black, say --hole black",
+        "fused-inpaint train: note: 2 of 4 masks looked at cannot be used and are passed over: b.png: "
+        "mask must mark some hole in white, got none (holes in black: --hole black)",
     ]
     for name in ("a", "c"):
         (masks / f"{name}.png").unlink()
@@ -441,7 +456,7 @@ def test_workers_give_the_same(folder: Path, tmp_path: Path) -> None:
     [
         ({"--data": "none"}, "data must be an existing folder, got none"),
         ({"--masks": "none"}, "masks must be an existing folder, got none"),
-        ({"--vgg": "none.pth"}, "VGG: weights must be a checkpoint of nothing but tensors, got none.pth"),
+        ({"--vgg": "none.pth"}, "VGG: weights must be an existing file, got none.pth"),
         ({"--config": '{"levels": 0}'}, "pconv: levels must be 1 or more, got 0"),
         ({"--config": '{"depth": 2}'}, "pconv: configuration must be of levels, channels, width"),
         ({"--out": "file"}, "out must be a folder, got the file file"),

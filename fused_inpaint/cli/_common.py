@@ -50,6 +50,11 @@ def side(text: str) -> int:
     return value
 
 
+def note(verb: str, sentence: str) -> None:
+    """Something worth knowing, with which the work goes on."""
+    print(f"fused-inpaint {verb}: note: {sentence}", file=sys.stderr)
+
+
 def about_large_holes(shares: Sequence[float], hole: str) -> list[str]:
     """What may be wrong with masks of these shares of hole, in a sentence if it may."""
     if 2 * sum(share > LARGE_HOLE for share in shares) <= len(shares):

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._common import MODELS, ProgressBar, UserError, about_large_holes, positive_int, seed
+from ._common import MODELS, ProgressBar, UserError, about_large_holes, note, positive_int, seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,9 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
         if not results.scores:
             raise UserError(f"data must hold readable photos with usable masks, got none ({'; '.join(notes)})")
         cells = report.summary(results, arguments.seed)
-        print(report.narrow(cells, border))
         for line in [*notes, *report.notes(results)]:
-            print(f"fused-inpaint evaluate: {line}", file=sys.stderr)
+            note("evaluate", line)
+        print(report.narrow(cells, border))
         if arguments.out:
             report.save(results, cells, _facts(arguments, border, notes), arguments.out)
             print(f"wrote {arguments.out}")

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._common import LARGE_HOLE, MODELS, ProgressBar, UserError, positive_float, positive_int, seed
+from ._common import LARGE_HOLE, MODELS, ProgressBar, UserError, note, positive_float, positive_int, seed
 
 if TYPE_CHECKING:
     from ..completion import Method
@@ -36,7 +35,8 @@ def add(verbs: Any) -> None:
     )
     verb.add_argument("--size", type=positive_int, help="pixels, of --strategy (512)")
     verb.add_argument("--overlap", type=positive_int, help="pixels, of --strategy (64)")
-    verb.add_argument("--seconds", type=positive_float, help="time for fitting (60)")
+    limit = "time for fitting, the classical fill beside it not counted (60)"
+    verb.add_argument("--seconds", type=positive_float, help=limit)
     verb.add_argument("--steps", type=positive_int, help="training steps, instead of --seconds")
     verb.add_argument("--seed", type=seed, help="of fitting (0)")
     verb.set_defaults(run=run)
@@ -76,16 +76,16 @@ def _fill(photo_path: Path, mask_path: Path, output: Path, hole: str, method: Me
 
     images.check_output(output, (photo_path, mask_path))
     photo = images.read_photo(photo_path)
-    known, note = images.read_mask(mask_path, photo.size, hole)
-    if note:
-        print(f"fused-inpaint inpaint: {note}", file=sys.stderr)
+    known, grey = images.read_mask(mask_path, photo.size, hole)
+    if grey:
+        note("inpaint", grey)
     share = masks.hole_ratio(known)
     if share > LARGE_HOLE:
         large.append(share)
         if len(large) == 1:
             other = "black" if hole == "white" else "white"
             much = f"{mask_path} marks {share:.0%} of its photo as hole"
-            print(f"fused-inpaint inpaint: {much}; if holes are {other}, say --hole {other}", file=sys.stderr)
+            note("inpaint", f"{much}; if holes are {other}, say --hole {other}")
     try:
         with closing(ProgressBar("filling")) as bar:
             result, how, notes = method(photo.tensor(), known, bar)
@@ -93,8 +93,8 @@ def _fill(photo_path: Path, mask_path: Path, output: Path, hole: str, method: Me
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
-    for note in notes:
-        print(f"fused-inpaint inpaint: {note}", file=sys.stderr)
+    for sentence in notes:
+        note("inpaint", sentence)
     images.write_photo(photo.filled(result, known), output)
     return how
 
@@ -111,6 +111,10 @@ def _method(arguments: argparse.Namespace) -> Method:
         names = " and ".join(f"--{name}" for name in strange)
         how, got = ("without", "both") if arguments.weights else ("with", "none")
         raise UserError(f"{names} must come {how} --weights, got {got}")
+    idle = [f"--{name}" for name in ("size", "overlap") if name in network]
+    if arguments.weights and idle and network.get("strategy", "whole") == "whole":
+        names = " and ".join(idle)
+        raise UserError(f"{names} must come with a --strategy of parts or another size, got whole")
     if not arguments.weights:
         return completion.InternalLearning(**fitting)
     try:

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ._common import MODELS, ProgressBar, UserError, about_large_holes, positive_float, positive_int, seed, side
+from ._common import MODELS, ProgressBar, UserError, about_large_holes, note, positive_float, positive_int, seed, side
 
 if TYPE_CHECKING:
     from ..training.loop import Trainer
@@ -172,13 +171,13 @@ def _say_of_masks(given: MasksOfFolder, hole: str) -> None:
     lines = about_large_holes(shares, hole)
     if wrong:
         looked_at = len(shares) + len(wrong)
-        lines.append(f"masks that cannot be used are passed over, {len(wrong)} of {looked_at} looked at: {wrong[0]}")
+        lines.append(f"{len(wrong)} of {looked_at} masks looked at cannot be used and are passed over: {wrong[0]}")
     for line in lines:
-        print(f"fused-inpaint train: {line}", file=sys.stderr)
+        note("train", line)
 
 
 def _say(arguments: argparse.Namespace, recipe: Any, data: Any, trainer: Any) -> None:
-    skipped = f", {data.skipped} files skipped" if data.skipped else ""
+    skipped = f" ({data.skipped} skipped)" if data.skipped else ""
     print(f"{len(data)} photos{skipped}; {recipe.key}, {recipe.size}x{recipe.size}, batch {recipe.batch}")
     if arguments.vgg is None:
         instead = "".join(f", {name} at {factor:g}" for name, factor in recipe.without_vgg.items())
@@ -186,3 +185,5 @@ def _say(arguments: argparse.Namespace, recipe: Any, data: Any, trainer: Any) ->
         print(f"no --vgg: trained without the paper's terms {left_out}{instead}")
     if trainer.resumed_from:
         print(f"going on from step {trainer.resumed_from}")
+        for name, (was, now) in trainer.changed.items():
+            note("train", f"{name} is {now}, and was {was} until step {trainer.resumed_from}")

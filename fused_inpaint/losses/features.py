@@ -71,6 +71,8 @@ class VGG(nn.Module):
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        except FileNotFoundError:
+            raise ValueError(f"VGG: weights must be an existing file, got {path}") from None
         except Exception as error:  # whatever the readers raise, the cause stays attached
             raise ValueError(f"VGG: weights must be a checkpoint of nothing but tensors, got {path}") from error
         if missing:

@@ -83,6 +83,7 @@ class Trainer:
             self.features = losses.VGG(*recipe.vgg, options.vgg).to(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.step = 0
+        self.changed: dict[str, tuple[Any, Any]] = {}  # settings that were others when the run was stopped
         self.resumed_from = self._resume()
         if self.step > options.steps:
             raise TrainingError(f"steps must be {self.step} or more, where the run in {out} is, got {options.steps}")
@@ -99,6 +100,7 @@ class Trainer:
         log = Log(self.out, self.step, options.tensorboard) if self.rank == 0 else None
         batches = self._batches()
         history: list[Terms] = []
+        loss = ""
         begun = time.perf_counter()
         try:
             stopped = False
@@ -113,9 +115,10 @@ class Trainer:
                     seconds, begun = (time.perf_counter() - begun) / len(history), time.perf_counter()
                     means = self._checked(history)
                     history = []
+                    loss = f"  loss {means['total']:.4g}"
                     if log is not None:
                         log.write(self.step, means, rate, seconds)
-                        progress(self.step / options.steps, f"step {self.step}  loss {means['total']:.4g}")
+                progress(self.step / options.steps, f"step {self.step}{loss}")
                 if self.rank == 0 and (last or self.step % options.sample_every == 0):
                     self._sample()
                 if self.rank == 0 and saves:
@@ -240,7 +243,8 @@ class Trainer:
             if not all(map(math.isfinite, row.values())):
                 step = self.step - len(rows) + at + 1
                 told = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-                raise TrainingError(f"losses must be finite, got {told} at step {step}; the checkpoints are of before")
+                before = "the checkpoints are of before" if _checkpoints(self.out) else "there is no checkpoint yet"
+                raise TrainingError(f"losses must be finite, got {told} at step {step}; {before}")
         means: dict[str, float] = {}
         for name in dict.fromkeys(name for row in rows for name in row):
             found = [row[name] for row in rows if name in row]  # some terms begin later
@@ -275,7 +279,8 @@ class Trainer:
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def _save(self) -> None:
-        held = {"step": self.step, "key": self.recipe.key, "random": torch.get_rng_state(), **self._state()}
+        held = {"step": self.step, "key": self.recipe.key, "settings": self._settings()}
+        held |= {"random": torch.get_rng_state(), **self._state()}
         target = self.out / f"checkpoint-{self.step:07d}.pt"
         partial = target.with_suffix(".partial")
         try:
@@ -296,7 +301,7 @@ class Trainer:
             if held["key"] != self.recipe.key:
                 raise TrainingError(f"out must be a run of {self.recipe.key}, got one of {held['key']} in {self.out}")
             own = self._state()
-            if own.keys() != held.keys() & own.keys() or own.keys() != held.keys() - {"step", "key", "random"}:
+            if own.keys() != held.keys() - {"step", "key", "settings", "random"}:
                 raise TrainingError(f"out must be a run with the same options, got other parts in {path}")
             try:
                 for name in own:
@@ -305,8 +310,24 @@ class Trainer:
                 raise TrainingError(f"out must be a run of the same network, got another in {path}") from error
             torch.set_rng_state(held["random"].cpu())
             self.step = held["step"]
+            now = self._settings()
+            self.changed = {k: (was, now[k]) for k, was in held.get("settings", now).items() if was != now[k]}
             return self.step
         return 0
+
+    def _settings(self) -> dict[str, Any]:
+        """What may change when a run goes on, and is then mentioned."""
+        recipe, options, photos = self.recipe, self.options, self.photos
+        return {
+            "data": str(photos.folder),
+            "masks": str(photos.make_mask),
+            "size": recipe.size,
+            "batch": recipe.batch,
+            "accumulate": options.accumulate,
+            "rate": recipe.rate,
+            "amp": options.amp,
+            "seed": options.seed,
+        }
 
     def _best(self) -> models.InpaintingModel:
         return self.model if self.average is None else self.average

@@ -30,6 +30,9 @@ class MadeMasks:
     def __init__(self, kind: masks.Kind) -> None:
         self.kind = kind
 
+    def __str__(self) -> str:
+        return f"made as for {self.kind}"
+
     def __call__(self, side: int, rng: np.random.Generator) -> Tensor:
         return masks.random_mask(self.kind, side, rng)
 
@@ -40,6 +43,10 @@ class MasksOfFolder:
 
     def __init__(self, folder: str | os.PathLike[str], hole: str = "white") -> None:
         self._files = masks.MaskFolder(folder, None, hole)
+        self._name = f"{folder} ({hole} holes)"
+
+    def __str__(self) -> str:
+        return self._name
 
     def __call__(self, side: int, rng: np.random.Generator) -> Tensor:
         self._files.size = (side, side)
@@ -61,7 +68,7 @@ class MasksOfFolder:
             try:
                 shares.append(masks.hole_ratio(self._files[item]))
             except images.ImageError as error:
-                wrong.append(str(error))
+                wrong.append(str(error).removeprefix("masks must all be usable, got ").replace(", which is not:", ":"))
         return shares, wrong
 
 
@@ -93,6 +100,7 @@ class Photos(Dataset[tuple[Tensor, Tensor]]):
         found = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in known and p.is_file())
         self.files = [path for path in found if _is_picture(path)]
         self.skipped = len(found) - len(self.files)
+        self._named: set[Path] = set()
         if not self.files:
             raise images.ImageError(f"data must hold pictures, got none that can be read in {folder}")
 
@@ -131,7 +139,9 @@ class Photos(Dataset[tuple[Tensor, Tensor]]):
                 return ImageOps.exif_transpose(image).convert("RGB")
         except images.UNREADABLE:
             self.skipped += 1
-            warnings.warn(f"{path} cannot be read and is skipped", stacklevel=1)
+            if path not in self._named:
+                self._named.add(path)
+                warnings.warn(f"{path} cannot be read and is skipped", stacklevel=1)
             return None
 
     def _random_square(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -69,8 +69,9 @@ def _buckets(cells: list[Cell]) -> list[str]:
 
 
 def _places(border: int | str) -> tuple[str, str]:
-    clear = f"the hole keeps at least {border} pixels from the image's border"
-    return f"{COLUMNS[PLACES[0]]}: {clear}", f"{COLUMNS[PLACES[1]]}: it comes nearer"
+    free, near = (COLUMNS[place] for place in PLACES)
+    far = f"{border} pixels from the image's border"
+    return f"{free}: the hole keeps at least {far}", f"{near}: the hole comes nearer than {far}"
 
 
 def _table(cells: list[Cell], columns: dict[tuple[str, str], str], intervals: bool = False) -> str:
@@ -120,7 +121,7 @@ def notes(results: Results) -> list[str]:
 
 def markdown(results: Results, cells: list[Cell], about: dict[str, Any]) -> str:
     arguments = about.get("arguments", {})
-    said = "".join(f"- {key}: {_plain(value)}\n" for key, value in arguments.items() if value is not None)
+    said = "".join(f"- {key}: {_plain(key, value)}\n" for key, value in arguments.items() if value is not None)
     listed = "".join(f"- {line}\n" for line in [*about.get("data", []), *notes(results)])
     return (
         f"# Evaluation\n\n{said}\n## Means over images\n\n{table(cells)}\n\n"
@@ -129,7 +130,9 @@ def markdown(results: Results, cells: list[Cell], about: dict[str, Any]) -> str:
     )
 
 
-def _plain(value: Any) -> str:
+def _plain(name: str, value: Any) -> str:
+    if name == "border":
+        return f"{value} pixels of 512"
     return ",".join(value) or "none" if isinstance(value, tuple) else str(value)
 
 
