@@ -144,7 +144,7 @@ def test_a_bad_hole_is_one_sentence(folder):
     for layers, mask, sentence in (
         ([], None, "There is no hole yet: paint over"),
         (full, None, "must leave some of the photo"),
-        ([], str(folder / "small.png"), "mask must be 52x40 pixels (width x height) like the photo, got 5x5"),
+        ([], str(folder / "small.png"), r"mask must be 52x40 pixels \(width x height\) like the photo, got 5x5"),
         ([], str(folder / "photo.png"), "mask must be black and white, got "),
     ):
         with pytest.raises(images.ImageError, match=sentence):
