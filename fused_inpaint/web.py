@@ -143,6 +143,13 @@ def _named(read: Callable[..., Any], path: str, *arguments: Any) -> Any:
         raise images.ImageError(str(error).replace(path, Path(path).name)) from None
 
 
+def stored(photo: images.Photo, name: str) -> str:
+    """The path of a file of its own. Gradio writes equal pictures to one file, while somebody may be reading it."""
+    path = os.path.join(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), name)
+    images.write_photo(photo, path)
+    return path
+
+
 def said(*sentences: str, refused: bool = False) -> str:
     paragraphs = "".join(f"<p>{html.escape(sentence[:1].upper() + sentence[1:])}</p>" for sentence in sentences)
     return f'<div class="said{" refused" * refused}">{paragraphs}</div>' if sentences else ""
@@ -157,7 +164,7 @@ def page(methods: Mapping[str, Method], runs: Runs, largest: int) -> Any:
         if path is None:
             return [gr.update(visible=False), None, said(), *nothing]
         try:
-            picture = preview(read_photo(path), CANVAS)
+            picture = stored(images.Photo(preview(read_photo(path), CANVAS)), "photo.png")
         except images.ImageError as error:
             return [gr.update(visible=False), None, said(str(error), refused=True), *nothing]
         return [gr.update(visible=True), {"background": picture, "layers": [], "composite": picture}, said(), *nothing]
@@ -184,10 +191,8 @@ def page(methods: Mapping[str, Method], runs: Runs, largest: int) -> Any:
             return [said("Stopped."), *nothing]
         except images.ImageError as error:
             return [said(str(error), refused=True), *nothing]
-        folder = tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])
-        result = os.path.join(folder, f"{Path(path or '').stem}-filled.png")
-        images.write_photo(after, result)
-        pair = (preview(before, SHOWN), preview(after, SHOWN))
+        result = stored(after, f"{Path(path or '').stem}-filled.png")
+        pair = tuple(stored(images.Photo(preview(shown, SHOWN)), "shown.png") for shown in (before, after))
         return [said(*sentences), pair, gr.update(value=result, interactive=True)]
 
     def busy(now: bool) -> list[Any]:
