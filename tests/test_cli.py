@@ -131,7 +131,7 @@ def test_hole_out_of_the_networks_reach_is_reported_and_filled(folder, capsys):
         ),
         (
             ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "none.pth", "--size", "9"),
-            "--size must come with a --strategy of parts or another size, got whole",
+            "--size must come with a --strategy that takes them, got whole",
         ),
         (
             ("photo.png", "--mask", "mask.png", "-o", "out.png", "--weights", "none.pth", "--seconds", "4"),

@@ -86,7 +86,7 @@ def test_readme_names_everything_public():
 MEASURED = [
     ("README.md", "## Measured", "\n## "),
     ("docs/performance.md", "### Layers and networks", "### Training"),
-    ("docs/performance.md", "| inference | ratio |", "\n\n"),
+    ("docs/performance.md", "| figure | ratio |", "\n\n"),
 ]
 
 

@@ -421,19 +421,8 @@ def test_masks_that_cannot_be_used_are_passed_over(folder: Path, tmp_path: Path,
     made = [given(20, np.random.default_rng(seed)) for seed in range(8)]
     assert all((mask == 0).sum() == 25 for mask in made)
     command = ["train", "pconv", "--data", str(folder), "--masks", str(masks), "--out", str(tmp_path / "run")]
-    command += [
-        "--size",
-        "32",
-        "--batch",
-        "2",
-        "--workers",
-        "0",
-        "--steps",
-        "1",
-        "--config",
-        '{"levels": 2, "width": 4}',
-    ]
-    assert main(command) == 0
+    command += ["--size", "32", "--batch", "2", "--workers", "0", "--steps", "1"]
+    assert main([*command, "--config", '{"levels": 2, "width": 4}']) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [
         "fused-inpaint train: note: most masks have over 60% hole; if holes are black, say --hole black",
         "fused-inpaint train: note: 2 of 4 masks looked at cannot be used and are passed over: b.png: "

@@ -169,6 +169,14 @@ def test_work_is_stopped_where_it_tells_its_progress():
     assert runs.run("mine", lambda tell: "done", lambda fraction, desc: None) == "done"
 
 
+def test_equal_pictures_are_different_files(tmp_path, monkeypatch):
+    """Whoever reads one is not disturbed by the other's being written."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    photo = images.Photo(np.zeros((4, 5, 3), np.uint8))
+    paths = {web.stored(photo, "a.png") for _ in range(2)}
+    assert len(paths) == 2 and all(images.read_photo(path).size == (4, 5) for path in paths)
+
+
 def test_one_work_at_a_time_and_waiting_is_stopped_too():
     runs, started, go_on, heard = web.Runs(), threading.Event(), threading.Event(), []
 

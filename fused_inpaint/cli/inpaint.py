@@ -113,8 +113,7 @@ def _method(arguments: argparse.Namespace) -> Method:
         raise UserError(f"{names} must come {how} --weights, got {got}")
     idle = [f"--{name}" for name in ("size", "overlap") if name in network]
     if arguments.weights and idle and network.get("strategy", "whole") == "whole":
-        names = " and ".join(idle)
-        raise UserError(f"{names} must come with a --strategy of parts or another size, got whole")
+        raise UserError(f"{' and '.join(idle)} must come with a --strategy that takes them, got whole")
     if not arguments.weights:
         return completion.InternalLearning(**fitting)
     try:

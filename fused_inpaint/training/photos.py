@@ -65,10 +65,11 @@ class MasksOfFolder:
         """The shares of hole of some masks spread over the folder, and what is wrong with those that cannot be used."""
         shares, wrong = [], []
         for item in np.unique(np.linspace(0, len(self._files) - 1, most).round().astype(int)).tolist():
+            path = self._files.paths[item]
             try:
-                shares.append(masks.hole_ratio(self._files[item]))
+                shares.append(masks.hole_ratio(images.read_mask(path, None, self._files.hole)[0]))
             except images.ImageError as error:
-                wrong.append(str(error).removeprefix("masks must all be usable, got ").replace(", which is not:", ":"))
+                wrong.append(f"{path.name}: {error}")
         return shares, wrong
 
 

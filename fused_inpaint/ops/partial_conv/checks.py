@@ -46,6 +46,13 @@ def check_call(
             raise error(op, "upsample", "1 unless the kernel is odd, square, stride 1 and padded by k // 2", upsample)
 
 
+def check_masks(op: str, sources: list[Tensor], masks: list[Tensor], names: Sequence[str]) -> None:
+    if len(masks) != len(sources):
+        raise error(op, "mask", f"a sequence of {len(sources)}, one for each x", len(masks))
+    for source, mask, name in zip(sources, masks, names, strict=True):
+        check_mask(op, mask, source, name)
+
+
 def check_one_device(op: str, masks: Sequence[Tensor]) -> None:
     for m in masks:
         if m.device != masks[0].device:

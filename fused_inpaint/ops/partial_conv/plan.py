@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ... import _backends
 from ..._library import is_eager
-from ..checks import autocast_dtype, autocasts, check_mask, error, output_size
+from ..checks import autocast_dtype, autocasts, error, output_size
 from . import routes
-from .checks import check_call, check_chain, check_window
+from .checks import check_call, check_chain, check_masks, check_window
 from .types import BatchNorm, Epilogue, Geometry, Inputs, WindowStep
 
 
@@ -43,30 +43,24 @@ def plan_of(given: Inputs) -> Plan:
     selected = _backends.selected()
     facts = _facts(given, selected) if is_eager() else None
     plan = None
-    try:
-        plan = None if facts is None else _plans.get(facts)
-    except TypeError:  # a fake tensor's sizes may be symbols, which have no hash
-        facts = None
+    if facts is not None:
+        try:
+            plan = _plans.get(facts)
+        except TypeError:  # a fake tensor's sizes may be symbols, which have no hash
+            facts = None
     if plan is None:
         op, sources, masks, names, weight, bias, window, geometry, epilogue, _ = given
         check_call(op, sources, weight, bias, geometry, epilogue)
         if window is not None:
             check_window(op, window, sources, weight, geometry)
         if masks is not None:
-            _check_masks(op, sources, masks, names)
+            check_masks(op, sources, masks, names)
         plan = _decide(given, selected)
         if facts is not None:
             if len(_plans) >= _MOST:
                 _plans.clear()
             _plans[facts] = plan
     return plan
-
-
-def _check_masks(op: str, sources: list[Tensor], masks: list[Tensor], names: Sequence[str]) -> None:
-    if len(masks) != len(sources):
-        raise error(op, "mask", f"a sequence of {len(sources)}, one for each x", len(masks))
-    for source, mask, name in zip(sources, masks, names, strict=True):
-        check_mask(op, mask, source, name)
 
 
 def check_steps(op: str, masks: list[Tensor], steps: Sequence[WindowStep]) -> None:
