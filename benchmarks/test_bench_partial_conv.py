@@ -39,6 +39,18 @@ def test_training(name: str, measure) -> None:
     measure(Row(f"{name} training", rivals, exact(layer, data, training=True), inference=False))
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
+def test_call(decoder: bool, training: bool, measure) -> None:
+    """What one call of a layer costs, its arithmetic aside."""
+    layer, data = workload.toy(decoder)
+    rivals = {"ours": layer_rival("ours", layer, data, training=training)}
+    for form in NAIVE:
+        rivals |= {f"{form} {layout}": layer_rival(form, layer, data, layout, training) for layout in LAYOUTS}
+    name = f"call of a toy {'decoder' if decoder else 'encoder'} layer, {'training' if training else 'forward'}"
+    measure(Row(name, rivals, exact(layer, data, training), inference=not training))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(SMOKE, reason="compiles for minutes")
 @pytest.mark.parametrize("name", COMPILED)

@@ -145,6 +145,23 @@ def inputs(layer: Layer, picture: int = 512, zeroed: bool = True, batch: int = 1
     return Inputs(x, mask, skip, skip_mask, weight * math.sqrt(2.0 / fan_in), bias)
 
 
+def toy(decoder: bool) -> tuple[Layer, Inputs]:
+    """A layer with next to no arithmetic, 8 channels and an output of 4x4: what it takes is what a call costs."""
+    layer = Layer("dec0" if decoder else "enc0", 8, 8 if decoder else 0, 8, 3, 4, bias=True)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def features(side: int) -> tuple[Tensor, Tensor]:
+        mask = torch.ones(1, 1, side, side, device=DEVICE)
+        mask[..., : side // 2, : side // 2] = 0
+        x = torch.randn(1, 8, side, side, generator=generator, device=DEVICE) * mask
+        return x.contiguous(memory_format=torch.channels_last), mask
+
+    x, mask = features(2 if decoder else 8)
+    skip, skip_mask = features(4) if decoder else (None, None)
+    weight = torch.randn(8, layer.up + layer.skip, 3, 3, generator=generator, device=DEVICE) / 12
+    return layer, Inputs(x, mask, skip, skip_mask, weight, torch.zeros(8, device=DEVICE))
+
+
 @functools.cache
 @torch.inference_mode(False)
 def network_state() -> dict[str, Tensor]:

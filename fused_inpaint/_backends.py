@@ -88,6 +88,11 @@ def _require_known(name: str) -> None:
         raise ValueError(f"use_backend: name must be one of {', '.join(NAMES)}, got {name}")
 
 
+def _runs(name: str, device: str) -> bool:
+    """Whether backend `name` has anything for tensors on `device`."""
+    return not _MISSING[name] and (name == "reference" or device == DEVICE[name])
+
+
 def _refusal(name: str, device: str) -> str:
     """Why backend `name` can't run any call on `device`; empty if it can."""
     if name != "reference" and device != DEVICE[name]:
@@ -115,7 +120,7 @@ def choose(
         selected = _selected  # read once: another thread may select another
     if selected == "auto":
         for name in (*prefer, *_PRIORITY):
-            if not (_refusal(name, device) or refusal(name)):
+            if _runs(name, device) and not refusal(name):
                 return name
     _require_known(selected)
     reason = _refusal(selected, device) or refusal(selected)
@@ -126,12 +131,12 @@ def choose(
 
 def chosen(name: str, device: str) -> bool:
     """Whether backend `name` is the selected one, or may be chosen, and runs on a device type."""
-    return _selected in ("auto", name) and not _refusal(name, device)
+    return _selected in ("auto", name) and _runs(name, device)
 
 
 def native(device: str) -> bool:
     """Whether the compiled library has kernels for tensors of a device type."""
-    return any(not _refusal(name, device) for name in ("cuda", "cpu"))
+    return _runs("cuda", device) or _runs("cpu", device)
 
 
 def require_runnable() -> None:

@@ -36,11 +36,12 @@ def define(
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(full, fake, lib=library)
     operator = getattr(_registered, name).default
+    eager = operator
     if backward is not None:
         assert setup_context is not None
         torch.library.register_autograd(full, backward, setup_context=setup_context, lib=library)
-        operator = _shortcut(operator, backward, setup_context)
-    setattr(ops, name, _outside_of_transforms(name, operator))
+        eager = _shortcut(operator, backward, setup_context)
+    setattr(ops, name, _outside_of_transforms(name, operator, eager))
 
 
 # What torch itself enters an operator's derivative with; without them, the registered way is the only one.
@@ -66,36 +67,41 @@ def is_eager() -> bool:
     )
 
 
+# The types of arguments that autograd sees.
+_OF_TENSORS = ("Tensor", "Optional[Tensor]", "List[Tensor]")
+
+
 def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
-    """The operator with the same derivative, entered without the dispatcher.
+    """The operator with the same derivative, entered without the dispatcher, for calls that `is_eager` says so of.
 
     `register_autograd` walks through the arguments' structure in Python several times a call, hundreds of microseconds
     where there are lists of tensors: more than the kernels take.
     """
     kinds = [str(argument.type) for argument in operator._schema.arguments]
-    lists = [kind == "List[Tensor]" for kind in kinds]
-    tensors = [kind in ("Tensor", "Optional[Tensor]") for kind in kinds]
+    # Where tensors are, and whether as a list.
+    slots = [(i, kind == "List[Tensor]") for i, kind in enumerate(kinds) if kind in _OF_TENSORS]
     below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)  # None: `is_eager` never says so
 
     def forward(ctx: Any, arguments: tuple[Any, ...], *_: Any) -> Any:
         with below_autograd():
             output = operator(*arguments)
         setup_context(ctx=ctx, inputs=arguments, output=output)
-        ctx.lengths = [len(arguments[i]) if is_list else 0 for i, is_list in enumerate(lists)]
+        ctx.lengths = [len(arguments[i]) for i, is_list in slots if is_list]
         return output
 
     def derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         flat = ctx.needs_input_grad
-        needs: list[Any] = []
-        at = 1
-        for is_list, is_tensor, length in zip(lists, tensors, ctx.lengths, strict=True):
+        needs: list[Any] = [False] * len(kinds)
+        lengths, at = iter(ctx.lengths), 1
+        for i, is_list in slots:
             if is_list:
-                needs.append(list(flat[at : at + length]))
-                at += length
+                end = at + next(lengths)
+                needs[i] = list(flat[at:end])
+                at = end
             else:
-                needs.append(is_tensor and flat[at])
-                at += is_tensor
-        ctx.needs_input_grad = tuple(needs)
+                needs[i] = flat[at]
+                at += 1
+        ctx.needs_input_grad = needs
         try:
             found = backward(ctx, *grads)
         finally:
@@ -103,11 +109,11 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
         if not isinstance(found, tuple):
             found = (found,)
         gradients: list[Any] = [None]
-        for is_list, is_tensor, gradient in zip(lists, tensors, found, strict=True):
+        for i, is_list in slots:
             if is_list:
-                gradients += gradient
-            elif is_tensor:
-                gradients.append(gradient)
+                gradients += found[i]
+            else:
+                gradients.append(found[i])
         return tuple(gradients)
 
     name = "Backward_" + operator._schema.name.replace("::", "_")
@@ -117,15 +123,13 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     apply = super(torch.autograd.Function, function).apply
 
     def call(*arguments: Any) -> Any:
-        if not is_eager():
-            return operator(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             flat: list[Any] = []
-            for is_list, is_tensor, argument in zip(lists, tensors, arguments, strict=True):
+            for i, is_list in slots:
                 if is_list:
-                    flat += argument
-                elif is_tensor:
-                    flat.append(argument)
+                    flat += arguments[i]
+                else:
+                    flat.append(arguments[i])
             return apply(arguments, *flat)
         with below_autograd():
             return operator(*arguments)
@@ -136,16 +140,20 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
-def _outside_of_transforms(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, refusing what it has no rule for: tangents, which it would drop without a word, and torch.func."""
+def _outside_of_transforms(name: str, operator: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, by its shorter way where that is open, refusing what it has no rule for: tangents, which it would
+    drop without a word, and torch.func."""
 
     def call(*arguments: Any) -> Any:
-        if not torch.compiler.is_compiling() and _transforms_active() and _any(_is_transformed, arguments):
-            raise NotImplementedError(
-                f"{name}: tensors must be outside of torch.func's transforms, got one within; "
-                'use_backend("reference") has them'
-            )
-        output = operator(*arguments)
+        if is_eager():
+            output = eager(*arguments)
+        else:
+            if not torch.compiler.is_compiling() and _transforms_active() and _any(_is_transformed, arguments):
+                raise NotImplementedError(
+                    f"{name}: tensors must be outside of torch.func's transforms, got one within; "
+                    'use_backend("reference") has them'
+                )
+            output = operator(*arguments)
         # What is made of masks has no derivative.
         dual = getattr(forward_ad, "_current_level", -1) >= 0 and _any(Tensor.is_floating_point, output)
         if dual and _any(lambda t: forward_ad.unpack_dual(t).tangent is not None, arguments):

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fused_inpaint
 from fused_inpaint import _library, ops, use_backend
 
 
@@ -78,6 +79,19 @@ def test_which_way_is_taken(backend: str, device: torch.device) -> None:
         assert tuple(pooled(torch.rand(1, 2, 3, 4)).shape) == (1, 2, 3, 4)
     traced = torch.jit.trace(pooled, x.detach(), check_trace=False)
     assert "fused_inpaint::channel_pool" in str(traced.graph)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("mask", ["float", "uint8", "none"])
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_layer_is_one_operator(backend: str, mask: str, grad: bool) -> None:
+    """Each one entered costs the host tens of microseconds."""
+    x, layer = torch.rand(1, 2, 6, 6), fused_inpaint.PartialConv2d(2, 3, 3)
+    given = {"float": torch.ones(1, 1, 6, 6), "uint8": torch.ones(1, 1, 6, 6, dtype=torch.uint8), "none": None}[mask]
+    with torch.set_grad_enabled(grad), torch.profiler.profile() as profile:
+        layer(x, given)
+    entered = [event.name for event in profile.events() if event.name.startswith("fused_inpaint::")]
+    assert entered == ["fused_inpaint::partial_conv2d_masked"]
 
 
 @OPERATORS

@@ -265,6 +265,19 @@ def test_every_form_is_sampled() -> None:
     assert {case.activation for case in CASES} == {"none", "relu", "leaky_relu"}
 
 
+@OPERATORS
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", ["plain", "relu", "up_folded", "shared_mask", "channel_masks", "empty_batch"])
+def test_opcheck_masked(backend: str, device: torch.device, name: str, grad: bool) -> None:
+    s = sample(named(name), device=device, nan=False)
+    for leaf in s.leaves().values():
+        leaf.requires_grad_(grad)
+    assert s.masks is not None
+    masks = [m.to(torch.float32) for m in s.masks]
+    rest = (*geometry(s.case), s.case.activation, 0.2, 0, None)
+    torch.library.opcheck(op.partial_conv2d_masked, (s.x, masks, s.weight, s.bias, None, *rest))
+
+
 @pytest.mark.skipif(bool(_backends.status()["cuda"]), reason=_backends.status()["cuda"] or "usable")
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("name", ["plain", "relu", "up_folded", "shared_mask", "channel_masks", "empty_batch"])

@@ -2,6 +2,7 @@
 // Tensors and the vendor's convolution through torch's stable C ABI: nothing here depends on a particular torch build.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -42,12 +43,28 @@ inline bool is_half(ScalarType dtype) { return dtype == ScalarType::Half || dtyp
 // Gradients of parameters are summed in these.
 inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
+// Through the C function itself: torch::stable::empty asks the dispatcher, at three times the price.
+inline Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<int64_t>& strides, ScalarType dtype,
+                            const Tensor& like) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  int32_t device, index;
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), strides.data(),
+                                                  to<int32_t>(from(dtype)), device, index, &out));
+  return Tensor(out);
+}
+
 inline Tensor empty_channels_last(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  const int64_t c = size[1], h = size[2], w = size[3];
+  return empty_strided(size, {h * w * c, 1, w * c, c}, dtype, like);
 }
 
 inline Tensor empty(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(size, dtype, std::nullopt, like.device());
+  std::vector<int64_t> strides(size.size(), 1);
+  for (size_t d = size.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(size[d], 1);
+  return empty_strided(size, strides, dtype, like);
 }
 
 // Contiguous, of any rank.

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/aten.h"
@@ -109,6 +110,11 @@ void batch_norm(const Tensor& conv, const Output& out, const Tensor& mean, const
 void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& out, const Tensor& mean,
                          const Tensor& var, const Tensor& weight, const Tensor& bias, double eps, Tensor& grad_conv,
                          Tensor* grad_phases, int64_t shift, Tensor& grad_weight, Tensor& grad_bias);
+
+// partial_window
+Tensor mask_plane(Tensor mask, std::string name);
+std::tuple<Tensor, Tensor> partial_window(std::vector<Tensor> masks, Ints channels, Ints upsample, Ints kernel,
+                                          Ints stride, Ints padding, Ints dilation);
 
 // partial_operands
 Tensor select_valid(const Tensor& x, const Tensor& mask);

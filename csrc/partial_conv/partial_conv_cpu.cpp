@@ -16,12 +16,16 @@ namespace fused_inpaint::cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, CPU, m) {
   m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d));
+  m.impl("partial_conv2d_masked", TORCH_BOX(&partial_conv2d_masked));
   m.impl("partial_conv2d_backward", TORCH_BOX(&partial_conv2d_backward));
   m.impl("partial_conv2d_bn", TORCH_BOX(&partial_conv2d_bn));
   m.impl("partial_conv2d_bn_backward", TORCH_BOX(&partial_conv2d_bn_backward));
 }
 
 // A packed weight is an opaque oneDNN tensor and brings its own dispatch key.
-STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, MkldnnCPU, m) { m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, MkldnnCPU, m) {
+  m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d));
+  m.impl("partial_conv2d_masked", TORCH_BOX(&partial_conv2d_masked));
+}
 
 }  // namespace fused_inpaint::cpu

@@ -14,6 +14,7 @@ namespace fused_inpaint::cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, FUSED_INPAINT_CUDA_KEY, m) {
   m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d));
+  m.impl("partial_conv2d_masked", TORCH_BOX(&partial_conv2d_masked));
   m.impl("partial_conv2d_backward", TORCH_BOX(&partial_conv2d_backward));
   m.impl("partial_conv2d_bn", TORCH_BOX(&partial_conv2d_bn));
   m.impl("partial_conv2d_bn_backward", TORCH_BOX(&partial_conv2d_bn_backward));

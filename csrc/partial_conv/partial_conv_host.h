@@ -332,6 +332,27 @@ Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Te
   return y;
 }
 
+// The same from the masks as the user gave them: also their planes, the counts and the new mask.
+std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> partial_conv2d_masked(
+    std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor weight, std::optional<Tensor> bias,
+    std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding, Ints dilation, int64_t groups, Ints zeroed,
+    std::string activation, double slope, int64_t fold_from, std::optional<std::vector<Tensor>> packed_weights) {
+  const char* op = "partial_conv2d";
+  STD_TORCH_CHECK(sources.size() == masks.size() && weight.dim() == 4, op,
+                  ": sources and masks must be of one length, and weight of 4 dimensions");
+  Ints channels;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    STD_TORCH_CHECK(sources[i].dim() == 4, op, ": sources must be (N, C, H, W)");
+    channels.push_back(sources[i].size(1));
+    masks[i] = mask_plane(masks[i], "partial_conv2d: mask");
+  }
+  auto [count, valid] =
+      partial_window(masks, channels, upsample, {weight.size(2), weight.size(3)}, stride, padding, dilation);
+  Tensor y = partial_conv2d(sources, masks, count, weight, bias, scale, upsample, stride, padding, dilation, groups,
+                            zeroed, activation, slope, fold_from, packed_weights);
+  return {y, masks, count, valid};
+}
+
 std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward(
     Tensor grad, Tensor y, std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count, Tensor weight,
     std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding, Ints dilation, int64_t groups, Ints zeroed,

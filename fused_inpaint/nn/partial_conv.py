@@ -157,7 +157,7 @@ class PartialConv2d(nn.Conv2d):
             padding = (0, 0)
             x, mask = (t if t is None else padded(self, t) for t in (x, mask))  # type: ignore[assignment]
         geometry = (self.stride, padding, self.dilation, self.groups)
-        packed = _packed(self, [x], [1], *geometry)
+        packed = None if self._prepacked is None else _packed(self, [x], [1], *geometry)
         return partial_conv2d(x, mask, self.weight, self.bias, *geometry, packed=packed, **options)
 
     def window(self, mask: Tensor) -> Window:
@@ -237,7 +237,7 @@ class PartialUpConv2d(nn.Module):
 
     def _convolve(self, x: Sequence[Tensor], mask: Sequence[Tensor] | None, **options: Any) -> tuple[Tensor, Tensor]:
         around = (self.kernel_size // 2, self.kernel_size // 2)
-        packed = _packed(self, x, [2, 1], (1, 1), around, (1, 1), 1)
+        packed = None if self._prepacked is None else _packed(self, x, [2, 1], (1, 1), around, (1, 1), 1)
         return partial_conv2d(
             x, mask, self.weight, self.bias, padding=around, upsample=(2, 1), packed=packed, **options
         )

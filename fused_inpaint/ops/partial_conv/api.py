@@ -240,7 +240,8 @@ def _convolve(given: Inputs, packed: PackedWeight | None = None, multi_channel: 
     y, mask = run(plan_of(given), given, packed)
     masks = given.masks
     if given.window is None:
-        mask = mask.to(masks[0].dtype if masks else y.dtype)
+        dtype = masks[0].dtype if masks else y.dtype
+        mask = mask if mask.dtype == dtype else mask.to(dtype)
     elif masks is not None:
         # A copy of a window that others may share.
         mask = mask.to(masks[0].dtype, copy=True)

@@ -17,29 +17,32 @@ from .plan import Plan, trains_gain
 from .schema import ops
 from .types import BatchNorm, Epilogue, Geometry, Inputs, Window, WindowStep
 
+_AS_IT_IS = contextlib.nullcontext()
+
 
 def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor, Tensor]:
     """The layer's output, in the dtype that x (or autocast) asks for, and its new mask."""
-    _, sources, masks, _, weight, bias, window, geometry, epilogue, _ = given
+    _, sources, masks, _, weight, _, window, geometry, epilogue, _ = given
     kernel, dtype, inner = plan[:3]
+    statistics = epilogue.norm is not None and epilogue.norm.training
     if window is not None:
         planes = list(window.planes)
-    elif kernel in ("vendor", "reference"):
+    elif kernel in ("direct", "triton") or (kernel == "vendor" and not statistics and plan.eager):
+        planes = _given(sources, masks)  # summed in the same call, in whatever type they come
+    else:
         window = _window_of(given)
         planes = list(window.planes)
-    else:  # "direct" and "triton" sum the masks in the same launch, in whatever type they come
-        planes = _given(sources, masks)
     if packed is not None and (not plan.packs or inner != packed.weights[0].dtype):
         packed = None
     fold_from = plan.fold_from if packed is None else routes.fold_from("plain", packed.fold)
     layer = Layer(
         [_to(_to(s, dtype), inner) for s in sources], planes, window, _to(_to(weight, dtype), inner), geometry
     )
-    with torch.autocast(weight.device.type, enabled=False) if plan.autocasts else contextlib.nullcontext():
-        if epilogue.norm is not None and epilogue.norm.training:
+    with torch.autocast(weight.device.type, enabled=False) if plan.autocasts else _AS_IT_IS:
+        if statistics:
             y, mask = _with_batch_statistics(kernel, layer, epilogue, fold_from, plan.rows)
         else:
-            y, mask = _with_constants(kernel, layer, bias, epilogue, fold_from, packed)
+            y, mask = _with_constants(kernel, layer, given, fold_from, packed)
     return _to(y, dtype), mask if window is None else window.mask
 
 
@@ -58,14 +61,10 @@ class Layer(NamedTuple):
 
 
 def _with_constants(
-    kernel: str,
-    layer: Layer,
-    bias: Tensor | None,
-    epilogue: Epilogue,
-    fold_from: int,
-    packed: PackedWeight | None,
+    kernel: str, layer: Layer, given: Inputs, fold_from: int, packed: PackedWeight | None
 ) -> tuple[Tensor, Tensor]:
-    weight, bias, scale = _as_constants(layer.weight, bias, epilogue.norm)
+    epilogue = given.epilogue
+    weight, bias, scale = _as_constants(layer.weight, given.bias, epilogue.norm)
     sources, masks, window, _, geometry = layer
     if kernel == "direct":
         y, _, mask = ops.partial_conv2d_direct(sources, masks, weight, bias, scale, *geometry[:5], *epilogue[:2])
@@ -73,11 +72,19 @@ def _with_constants(
     if kernel == "triton":
         y, _, mask = _triton(layer._replace(weight=weight), bias, scale, epilogue, fold_from)
         return y, mask
-    assert window is not None
-    arguments = (sources, masks, window.counts, weight, bias, scale, *geometry, *epilogue[:2])
+    constants = (weight, bias, scale, *geometry, *epilogue[:2])
     if kernel == "reference":
-        return reference.partial_conv2d(*arguments), window.mask
-    return ops.partial_conv2d(*arguments, fold_from, list(packed.weights) if packed else None), window.mask
+        assert window is not None
+        return reference.partial_conv2d(sources, masks, window.counts, *constants), window.mask
+    weights = list(packed.weights) if packed else None
+    if window is not None:
+        return ops.partial_conv2d(sources, masks, window.counts, *constants, fold_from, weights), window.mask
+    try:
+        y, _, _, mask = ops.partial_conv2d_masked(sources, masks, *constants, fold_from, weights)
+    except RuntimeError:
+        _window_of(given)  # which says what is wrong with a mask
+        raise
+    return y, mask
 
 
 def _triton(

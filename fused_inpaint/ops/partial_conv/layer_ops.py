@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schemas, output shapes and derivatives of the operators that do a whole layer on the GPU, masks included, in one
-launch (kernels: csrc/partial_conv/partial_direct_cuda.cu for thin layers, triton_impl.py).
+"""Schemas, output shapes and derivatives of the operators that do a whole layer, masks included.
 
-The masks come as the user gave them, and the new mask goes back in their dtype, so nothing else is launched.
+partial_conv2d_masked is partial_conv2d after the masks' own operators, entered once instead of three times. The others
+do a layer on the GPU in one launch (kernels: csrc/partial_conv/partial_direct_cuda.cu for thin layers, triton_impl.py);
+there the new mask goes back in the dtype in which the masks came, so nothing else is launched.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..._library import define, implement
 from ..checks import output_size
 from . import routes
-from .schema import channels_last, gradients, joint_batch, save
+from .schema import EPILOGUE, GEOMETRY, channels_last, gradients, joint_batch, save
 
 _LAYER = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, str activation, float slope"
 
@@ -27,6 +28,12 @@ def _shapes(sources, masks, weight, upsample, stride, padding, dilation):  # typ
     y = channels_last(sources[0], (sources[0].size(0), weight.size(0), *size))
     count = weight.new_empty((joint_batch(masks), 1, *size), dtype=torch.int32)
     return y, count, torch.empty_like(count, dtype=masks[0].dtype)
+
+
+def _masked_fake(sources, masks, weight, bias, scale, upsample, stride, padding, dilation, *_):  # type: ignore[no-untyped-def]
+    y, count, mask = _shapes(sources, masks, weight, upsample, stride, padding, dilation)
+    planes = [torch.empty(m.shape, dtype=torch.uint8, device=m.device) for m in masks]
+    return y, planes, count, mask.to(torch.uint8)
 
 
 def _direct_fake(sources, masks, weight, bias, scale, upsample, stride, padding, dilation, *_):  # type: ignore[no-untyped-def]
@@ -50,6 +57,17 @@ def _save_layer(  # type: ignore[no-untyped-def]
     save(ctx, sources, masks, count, weight, bias, scale, None if activation == "none" else y)
     geometry = [upsample, stride, padding, dilation, groups, [0] * len(sources)]
     ctx.geometry = [*geometry, activation, slope, *(fold_from or [routes.fold_from("gpu")])]
+
+
+def _masked_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    sources, _, weight, bias, scale, *geometry = inputs
+    y, planes, counts, mask = output
+    ctx.mark_non_differentiable(*planes, counts, mask)
+    ctx.set_materialize_grads(False)
+    activation = geometry[6]
+    save(ctx, sources, planes, counts, weight, bias, scale, None if activation == "none" else y)
+    ctx.geometry = geometry[:-1]
+    ctx.counted = ()
 
 
 def _direct_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -87,6 +105,13 @@ def _triton(sources, masks, count, weight, bias, scale, *rest):  # type: ignore[
     return (y, counts, mask) if count is None else (y, weight.new_empty(0, dtype=torch.int32), masks[0].new_empty(0))
 
 
+define(
+    "partial_conv2d_masked(Tensor[] sources, Tensor[] masks, Tensor weight, Tensor? bias, Tensor? scale, "
+    f"{GEOMETRY}, {EPILOGUE}, Tensor[]? packed) -> (Tensor, Tensor[], Tensor, Tensor)",
+    _masked_fake,
+    _layer_backward,
+    _masked_setup,
+)
 define(
     "partial_conv2d_direct(Tensor[] sources, Tensor[] masks, Tensor weight, Tensor? bias, Tensor? scale, "
     f"{_LAYER}) -> (Tensor, Tensor, Tensor)",

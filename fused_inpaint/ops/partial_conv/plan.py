@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     packs: bool  # takes packed weights
     autocasts: bool
     rows: int  # output pixels, batch included
+    eager: bool  # nothing compiles, traces, transforms or fakes the call
 
 
 _plans: dict[tuple[object, ...], Plan] = {}
@@ -55,7 +56,7 @@ def plan_of(given: Inputs) -> Plan:
             check_window(op, window, sources, weight, geometry)
         if masks is not None:
             check_masks(op, sources, masks, names)
-        plan = _decide(given, selected)
+        plan = _decide(given, selected, facts is not None)
         if facts is not None:
             if len(_plans) >= _MOST:
                 _plans.clear()
@@ -119,7 +120,7 @@ def _facts(given: Inputs, selected: str) -> tuple[object, ...] | None:
     return tuple(facts)
 
 
-def _decide(given: Inputs, selected: str) -> Plan:
+def _decide(given: Inputs, selected: str, eager: bool) -> Plan:
     op, sources, _, _, weight, bias, _, geometry, epilogue, fold = given
     dtype = _result_dtype(op, sources, weight, bias)
     # A trained gain over fixed statistics is a factor of the weight, and a half type would round that product, too.
@@ -134,7 +135,7 @@ def _decide(given: Inputs, selected: str) -> Plan:
         inner = torch.float32
     autocast = autocast_dtype(weight.device.type) is not None
     fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold)
-    return Plan(kernel, dtype, inner, fold_from, oneDNN, autocast, call.rows)
+    return Plan(kernel, dtype, inner, fold_from, oneDNN, autocast, call.rows, eager)
 
 
 def _describe(

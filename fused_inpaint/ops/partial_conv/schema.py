@@ -13,8 +13,8 @@ from ..checks import output_size
 from ..derivative import by_reference, has_kernels, wants_graph
 from . import reference
 
-_GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, int[] zeroed"
-_EPILOGUE = "str activation, float slope, int fold_from"
+GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, int[] zeroed"
+EPILOGUE = "str activation, float slope, int fold_from"
 
 
 def channels_last(like: Tensor, size: Sequence[Any]) -> Tensor:
@@ -231,20 +231,20 @@ define(
 )
 define(
     "partial_conv2d(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor? bias, Tensor? scale, "
-    f"{_GEOMETRY}, {_EPILOGUE}, Tensor[]? packed) -> Tensor",
+    f"{GEOMETRY}, {EPILOGUE}, Tensor[]? packed) -> Tensor",
     _conv_fake,
     _conv_backward,
     _conv_setup,
 )
 define(
     "partial_conv2d_backward(Tensor grad, Tensor y, Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, "
-    f"Tensor? scale, {_GEOMETRY}, {_EPILOGUE}, bool need_sources, bool need_weight, bool need_bias) "
+    f"Tensor? scale, {GEOMETRY}, {EPILOGUE}, bool need_sources, bool need_weight, bool need_bias) "
     "-> (Tensor[], Tensor, Tensor)",
     _conv_backward_fake,
 )
 define(
     "partial_conv2d_bn(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor norm_weight, "
-    f"Tensor norm_bias, float eps, {_GEOMETRY}, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor norm_bias, float eps, {GEOMETRY}, {EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
     _bn_fake,
     _bn_backward,
     _bn_setup,
@@ -256,7 +256,7 @@ define(
 )
 define(
     "partial_conv2d_bn_backward(Tensor grad, Tensor conv, Tensor mean, Tensor var, Tensor[] sources, Tensor[] masks, "
-    f"Tensor count, Tensor weight, Tensor norm_weight, Tensor norm_bias, float eps, {_GEOMETRY}, {_EPILOGUE}, "
+    f"Tensor count, Tensor weight, Tensor norm_weight, Tensor norm_bias, float eps, {GEOMETRY}, {EPILOGUE}, "
     "bool need_sources, bool need_weight) -> (Tensor[], Tensor, Tensor, Tensor)",
     _bn_backward_fake,
 )
