@@ -83,15 +83,29 @@ def test_which_way_is_taken(backend: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("mask", ["float", "uint8", "none"])
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_a_layer_is_one_operator(backend: str, mask: str, grad: bool) -> None:
+@OPERATORS
+def test_a_layer_is_one_operator(backend: str, device: torch.device, mask: str, grad: bool) -> None:
     """Each one entered costs the host tens of microseconds."""
-    x, layer = torch.rand(1, 2, 6, 6), fused_inpaint.PartialConv2d(2, 3, 3)
-    given = {"float": torch.ones(1, 1, 6, 6), "uint8": torch.ones(1, 1, 6, 6, dtype=torch.uint8), "none": None}[mask]
-    with torch.set_grad_enabled(grad), torch.profiler.profile() as profile:
+    x, layer = torch.rand(1, 2, 6, 6, device=device), fused_inpaint.PartialConv2d(2, 3, 3, device=device)
+    dtype = {"float": torch.float32, "uint8": torch.uint8}.get(mask)
+    given = None if dtype is None else torch.ones(1, 1, 6, 6, dtype=dtype, device=device)
+    with torch.set_grad_enabled(grad):
         layer(x, given)
-    entered = [event.name for event in profile.events() if event.name.startswith("fused_inpaint::")]
-    assert entered == ["fused_inpaint::partial_conv2d_masked"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            layer(x, given)
+    (entered,) = (event.name for event in profile.events() if event.name.startswith("fused_inpaint::"))
+    vendor = backend in ("cpu", "cuda_vendor")
+    assert entered.startswith("fused_inpaint::partial_conv2d_" + ("masked" if vendor else ""))
+
+
+@OPERATORS
+def test_a_mask_has_no_gradient(backend: str, device: torch.device) -> None:
+    x, weight = torch.rand(1, 2, 6, 6, device=device), torch.rand(3, 2, 3, 3, device=device)
+    mask = torch.ones(1, 1, 6, 6, device=device, requires_grad=True)
+    assert not ops.partial_conv2d(x, mask, weight)[0].requires_grad
+    y, new_mask = ops.partial_conv2d(x, mask, weight.requires_grad_())
+    y.sum().backward()
+    assert not new_mask.requires_grad and mask.grad is None and weight.grad is not None
 
 
 @OPERATORS

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import fused_inpaint
-from fused_inpaint import PartialConv2d, PartialUpConv2d, ops
+from fused_inpaint import PartialConv2d, PartialUpConv2d, _backends, ops, use_backend
+from fused_inpaint.ops.partial_conv import dispatch
 
 
 def refused(sentence: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
@@ -175,6 +176,29 @@ def test_mask_values(backend: str, value: float, shown: str, dtype: torch.dtype)
         ops.partial_conv2d(x, mask, weight)
     with pytest.raises(ValueError, match=rf"^partial_window: mask must be 0 or 1 everywhere, got {shown}(\.0)?$"):
         ops.partial_window(mask, 3, 3)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", ["mask", "skip_mask"])
+def test_which_mask(backend: str, name: str) -> None:
+    masks = {"mask": torch.ones(1, 1, 3, 3), "skip_mask": torch.ones(1, 1, 6, 6)}
+    masks[name][0, 0, 1, 2] = 0.5
+    x, skip, weight = torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 6, 6), torch.zeros(4, 3, 3, 3)
+    with pytest.raises(ValueError, match=rf"^partial_upconv2d: {name} must be 0 or 1 everywhere, got 0\.5$"):
+        ops.partial_upconv2d(x, masks["mask"], skip, masks["skip_mask"], weight)
+
+
+def test_what_is_no_fault_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure within the operator is handed on as it is."""
+    if _backends.status()["cpu"]:
+        pytest.skip(_backends.status()["cpu"])
+
+    def full(*arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(dispatch.ops, "partial_conv2d_masked", full)
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"^out of memory$"):
+        ops.partial_conv2d(torch.zeros(1, 3, 6, 6), torch.ones(1, 1, 6, 6), torch.zeros(4, 3, 3, 3))
 
 
 def test_upconv(backend: str, device: torch.device) -> None:

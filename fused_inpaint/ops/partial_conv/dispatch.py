@@ -184,10 +184,10 @@ def _window_of(given: Inputs) -> Window:
 
 
 def _given(sources: list[Tensor], masks: list[Tensor] | None) -> list[Tensor]:
-    """The masks, contiguous; all valid if there are none."""
+    """The masks, contiguous and without a gradient, which no output has by them; all valid if there are none."""
     if masks is None:
         return [torch.ones((1, 1, *s.shape[2:]), dtype=torch.uint8, device=s.device) for s in sources]
-    return [mask.contiguous() for mask in masks]
+    return [(mask.detach() if mask.requires_grad else mask).contiguous() for mask in masks]
 
 
 def count(op: str, planes: list[Tensor], channels: list[int], kernel: Sequence[int], geometry: Geometry) -> Window:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._library import define, implement
 from ..checks import output_size
 from . import routes
-from .schema import EPILOGUE, GEOMETRY, channels_last, gradients, joint_batch, save
+from .schema import EPILOGUE, GEOMETRY, channels_last, conv_setup, gradients, joint_batch, save
 
 _LAYER = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, str activation, float slope"
 
@@ -64,9 +64,7 @@ def _masked_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     y, planes, counts, mask = output
     ctx.mark_non_differentiable(*planes, counts, mask)
     ctx.set_materialize_grads(False)
-    activation = geometry[6]
-    save(ctx, sources, planes, counts, weight, bias, scale, None if activation == "none" else y)
-    ctx.geometry = geometry[:-1]
+    conv_setup(ctx, (sources, planes, counts, weight, bias, scale, *geometry), y)
     ctx.counted = ()
 
 

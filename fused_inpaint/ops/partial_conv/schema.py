@@ -110,7 +110,7 @@ def _saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], Sequence[Any]]:
     return list(t[:n]), list(t[n : 2 * n]), t[2 * n :]
 
 
-def _conv_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+def conv_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     sources, masks, count, weight, bias, scale, *geometry = inputs
     activation = geometry[6]
     # Without an activation the output says nothing that its gradient does not.
@@ -234,7 +234,7 @@ define(
     f"{GEOMETRY}, {EPILOGUE}, Tensor[]? packed) -> Tensor",
     _conv_fake,
     _conv_backward,
-    _conv_setup,
+    conv_setup,
 )
 define(
     "partial_conv2d_backward(Tensor grad, Tensor y, Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, "
