@@ -43,9 +43,9 @@ inline bool is_half(ScalarType dtype) { return dtype == ScalarType::Half || dtyp
 // Gradients of parameters are summed in these.
 inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
-// Through the C function itself: torch::stable::empty asks the dispatcher, at three times the price.
-inline Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<int64_t>& strides, ScalarType dtype,
-                            const Tensor& like) {
+// Through the C function itself: torch::stable::empty asks the dispatcher by name, at three times the price. On a CPU
+// it passes over torch.utils.deterministic.fill_uninitialized_memory, by which tests see what was not written.
+inline Tensor empty_strided(const Ints& size, const Ints& strides, ScalarType dtype, const Tensor& like) {
   using torch::stable::detail::from, torch::stable::detail::to;
   int32_t device, index;
   AtenTensorHandle out;
@@ -56,13 +56,16 @@ inline Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<
   return Tensor(out);
 }
 
-inline Tensor empty_channels_last(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& like) {
+inline Tensor empty_channels_last(const Ints& size, ScalarType dtype, const Tensor& like) {
+  if (like.is_cpu())
+    return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
   const int64_t c = size[1], h = size[2], w = size[3];
   return empty_strided(size, {h * w * c, 1, w * c, c}, dtype, like);
 }
 
-inline Tensor empty(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& like) {
-  std::vector<int64_t> strides(size.size(), 1);
+inline Tensor empty(const Ints& size, ScalarType dtype, const Tensor& like) {
+  if (like.is_cpu()) return torch::stable::empty(size, dtype, std::nullopt, like.device());
+  Ints strides(size.size(), 1);
   for (size_t d = size.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(size[d], 1);
   return empty_strided(size, strides, dtype, like);
 }
