@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 16 layers of the U-Net at 512x512, one by one, in the state the network would call them in."""
+"""The 16 layers of the U-Net at 512x512, one by one, in the state the network would call them in; what a call costs."""
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ _OF_TENSORS = ("Tensor", "Optional[Tensor]", "List[Tensor]")
 
 
 def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
-    """The operator with the same derivative, entered without the dispatcher, for calls that `is_eager` says so of.
+    """The operator with the same derivative, entered without the dispatcher, for eager calls (`is_eager`).
 
     `register_autograd` walks through the arguments' structure in Python several times a call, hundreds of microseconds
     where there are lists of tensors: more than the kernels take.
@@ -108,6 +108,7 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
             ctx.needs_input_grad = flat
         if not isinstance(found, tuple):
             found = (found,)
+        assert len(found) == len(kinds)
         gradients: list[Any] = [None]
         for i, is_list in slots:
             if is_list:
@@ -137,6 +138,11 @@ def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callab
     return call
 
 
+def tangents_exist() -> bool:
+    """Whether a tensor may have one: within `forward_ad.dual_level`."""
+    return bool(getattr(forward_ad, "_current_level", -1) >= 0)
+
+
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
@@ -155,7 +161,7 @@ def _outside_of_transforms(name: str, operator: Callable[..., Any], eager: Calla
                 )
             output = operator(*arguments)
         # What is made of masks has no derivative.
-        dual = getattr(forward_ad, "_current_level", -1) >= 0 and _any(Tensor.is_floating_point, output)
+        dual = tangents_exist() and _any(Tensor.is_floating_point, output)
         if dual and _any(lambda t: forward_ad.unpack_dual(t).tangent is not None, arguments):
             raise NotImplementedError(
                 f'{name}: tensors must be without tangents, got one with; use_backend("reference") has forward-mode '

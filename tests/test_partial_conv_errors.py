@@ -196,9 +196,13 @@ def test_what_is_no_fault_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(dispatch.ops, "partial_conv2d_masked", full)
-    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"^out of memory$"):
-        ops.partial_conv2d(torch.zeros(1, 3, 6, 6), torch.ones(1, 1, 6, 6), torch.zeros(4, 3, 3, 3))
+    x, mask, weight = torch.zeros(1, 3, 6, 6), torch.ones(1, 1, 6, 6), torch.zeros(4, 3, 3, 3)
+    for name in ("partial_conv2d_masked", "mask_plane"):
+        monkeypatch.setattr(dispatch.ops, name, full)
+    with use_backend("cpu"):
+        for call in (lambda: ops.partial_conv2d(x, mask, weight), lambda: ops.partial_window(mask, 3, 3)):
+            with pytest.raises(RuntimeError, match=r"^out of memory$"):
+                call()
 
 
 def test_upconv(backend: str, device: torch.device) -> None:

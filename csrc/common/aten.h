@@ -43,8 +43,9 @@ inline bool is_half(ScalarType dtype) { return dtype == ScalarType::Half || dtyp
 // Gradients of parameters are summed in these.
 inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
-// Through the C function itself: torch::stable::empty asks the dispatcher by name, at three times the price. On a CPU
-// it passes over torch.utils.deterministic.fill_uninitialized_memory, by which tests see what was not written.
+// Through the C function itself: torch::stable::empty asks the dispatcher by name, at three times the price. Not for a
+// CPU's tensors, whose memory it would give out as it is: tests see what was not written by torch's filling it
+// (torch.utils.deterministic.fill_uninitialized_memory).
 inline Tensor empty_strided(const Ints& size, const Ints& strides, ScalarType dtype, const Tensor& like) {
   using torch::stable::detail::from, torch::stable::detail::to;
   int32_t device, index;

@@ -342,9 +342,10 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> partial_conv2d_masked(
                   ": sources and masks must be of one length, and weight of 4 dimensions");
   Ints channels;
   for (size_t i = 0; i < sources.size(); ++i) {
-    STD_TORCH_CHECK(sources[i].dim() == 4, op, ": sources must be (N, C, H, W)");
+    STD_TORCH_CHECK(sources[i].dim() == 4 && masks[i].device() == weight.device(), op,
+                    ": sources must be (N, C, H, W), and masks on the weight's device");
     channels.push_back(sources[i].size(1));
-    masks[i] = mask_plane(masks[i], "partial_conv2d: mask");
+    masks[i] = mask_plane(masks[i], std::string(op) + ": mask");
   }
   auto [count, valid] =
       partial_window(masks, channels, upsample, {weight.size(2), weight.size(3)}, stride, padding, dilation);

@@ -14,6 +14,9 @@ from .. import _backends
 from .._library import define, ops
 from .checks import error
 
+SOFT = "0 or 1 everywhere"
+"""What a mask must be, in the kernels' sentence about one that is not."""
+
 
 def _mask_plane_fake(mask: Tensor, name: str) -> Tensor:
     return torch.empty(mask.shape, dtype=torch.uint8, device=mask.device)
@@ -36,7 +39,7 @@ def plane_of(op: str, mask: Tensor, name: str = "mask") -> Tensor:
         if mask.device.type == "cpu" and not torch.compiler.is_compiling():
             odd = mask[(mask != 0) & (mask != 1)]
             if odd.numel():
-                raise error(op, name, "0 or 1 everywhere", odd[0].item())
+                raise error(op, name, SOFT, odd[0].item())
         return (mask != 0).to(torch.uint8)
     if torch.compiler.is_compiling():
         plane: Tensor = ops.mask_plane(mask, f"{op}: {name}")
@@ -44,6 +47,8 @@ def plane_of(op: str, mask: Tensor, name: str = "mask") -> Tensor:
     try:
         return ops.mask_plane(mask, f"{op}: {name}")
     except RuntimeError as failure:
+        if SOFT not in str(failure):
+            raise
         # The kernel's own sentence, without the source line that torch puts before it.
         sentence = str(failure).splitlines()[0]
         raise ValueError(sentence[max(sentence.find(f"{op}: "), 0) :]) from None

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import is_eager
-from ..masks import counted_by_reference, plane_of
+from ..._library import is_eager, tangents_exist
+from ..masks import SOFT, counted_by_reference, plane_of
 from . import layer_ops as layer_ops  # defines operators
 from . import reference, routes
 from .packing import PackedWeight
@@ -27,8 +27,10 @@ def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor,
     statistics = epilogue.norm is not None and epilogue.norm.training
     if window is not None:
         planes = list(window.planes)
-    elif kernel in ("direct", "triton") or (kernel == "vendor" and not statistics and plan.eager):
-        planes = _given(sources, masks)  # summed in the same call, in whatever type they come
+    elif kernel in ("direct", "triton"):
+        planes = [mask.contiguous() for mask in _given(sources, masks)]  # summed in the same launch, in any type
+    elif kernel == "vendor" and masks is not None and not statistics and plan.eager:
+        planes = _given(sources, masks)  # made planes and summed in the same call
     else:
         window = _window_of(given)
         planes = list(window.planes)
@@ -81,8 +83,9 @@ def _with_constants(
         return ops.partial_conv2d(sources, masks, window.counts, *constants, fold_from, weights), window.mask
     try:
         y, _, _, mask = ops.partial_conv2d_masked(sources, masks, *constants, fold_from, weights)
-    except RuntimeError:
-        _window_of(given)  # which says what is wrong with a mask
+    except RuntimeError as failure:
+        if SOFT in str(failure):
+            _window_of(given)  # which names the mask
         raise
     return y, mask
 
@@ -177,17 +180,18 @@ def _track(norm: BatchNorm, mean: Tensor, var: Tensor, factor: float) -> None:
 
 def _window_of(given: Inputs) -> Window:
     op, sources, masks, names = given[:4]
-    planes = _given(sources, masks)
+    planes = [mask.contiguous() for mask in _given(sources, masks)]
     if masks is not None:
         planes = [plane_of(op, mask, name) for mask, name in zip(planes, names, strict=True)]
     return count(op, planes, [s.size(1) for s in sources], given.weight.shape[2:], given.geometry)
 
 
 def _given(sources: list[Tensor], masks: list[Tensor] | None) -> list[Tensor]:
-    """The masks, contiguous and without a gradient, which no output has by them; all valid if there are none."""
+    """The masks without derivatives, which no output has by them; all valid if there are none."""
     if masks is None:
         return [torch.ones((1, 1, *s.shape[2:]), dtype=torch.uint8, device=s.device) for s in sources]
-    return [(mask.detach() if mask.requires_grad else mask).contiguous() for mask in masks]
+    dual = tangents_exist()
+    return [mask.detach() if dual or mask.requires_grad else mask for mask in masks]
 
 
 def count(op: str, planes: list[Tensor], channels: list[int], kernel: Sequence[int], geometry: Geometry) -> Window:

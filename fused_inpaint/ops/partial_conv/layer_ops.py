@@ -31,9 +31,9 @@ def _shapes(sources, masks, weight, upsample, stride, padding, dilation):  # typ
 
 
 def _masked_fake(sources, masks, weight, bias, scale, upsample, stride, padding, dilation, *_):  # type: ignore[no-untyped-def]
-    y, count, mask = _shapes(sources, masks, weight, upsample, stride, padding, dilation)
     planes = [torch.empty(m.shape, dtype=torch.uint8, device=m.device) for m in masks]
-    return y, planes, count, mask.to(torch.uint8)
+    y, count, mask = _shapes(sources, planes, weight, upsample, stride, padding, dilation)
+    return y, planes, count, mask
 
 
 def _direct_fake(sources, masks, weight, bias, scale, upsample, stride, padding, dilation, *_):  # type: ignore[no-untyped-def]

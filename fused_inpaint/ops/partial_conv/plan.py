@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     packs: bool  # takes packed weights
     autocasts: bool
     rows: int  # output pixels, batch included
-    eager: bool  # nothing compiles, traces, transforms or fakes the call
+    eager: bool  # is_eager said so, and what the plan was found by could be kept
 
 
 _plans: dict[tuple[object, ...], Plan] = {}
