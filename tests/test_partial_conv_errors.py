@@ -170,7 +170,7 @@ def test_arguments(backend: str, device: torch.device, changes: dict, sentence: 
 )  # fmt: skip
 def test_mask_values(backend: str, value: float, shown: str, dtype: torch.dtype) -> None:
     mask = torch.ones(2, 1, 6, 6, dtype=dtype)
-    mask[1, 0, 5, 4] = value
+    mask[1, 0, 5, 4:] = torch.tensor([value, 3.0])  # the first is shown
     x, weight = torch.zeros(2, 3, 6, 6), torch.zeros(4, 3, 3, 3)
     with pytest.raises(ValueError, match=rf"^partial_conv2d: mask must be 0 or 1 everywhere, got {shown}(\.0)?$"):
         ops.partial_conv2d(x, mask, weight)

@@ -260,6 +260,15 @@ CHAINS = {
             WindowStep([1], [1], [1], [1, 1], [3, 2], [0, 0], [1, 1]),
         ],
     ),
+    "tall": (  # the CPU takes rows in bands: which windows reach past, and which lie in the padding or miss rows
+        [(2, 1, 150, 70), (2, 6, 75, 35)],
+        [
+            WindowStep([0, 1], [3, 6], [1, 2], [3, 4], [3, 2], [2, 1], [25, 2]),
+            WindowStep([0], [2], [1], [3, 3], [1, 3], [80, 40], [1, 1]),
+            WindowStep([1], [6], [2], [90, 3], [1, 1], [45, 0], [1, 1]),
+            WindowStep([0], [1], [1], [1, 1], [70, 35], [0, 0], [1, 1]),
+        ],
+    ),
     "one_pixel": ([(1, 1, 1, 1)], [step([0], 3), step([1], 1)]),
     "no_sample": ([(0, 1, 8, 8)], [step([0], 3), step([1], 3)]),
     "no_step": ([(1, 1, 8, 8)], []),

@@ -47,6 +47,7 @@ using acc_t = typename Accumulator<T>::type;
 
 FUSED_INPAINT_INLINE float load(float v) { return v; }
 FUSED_INPAINT_INLINE double load(double v) { return v; }
+FUSED_INPAINT_INLINE uint8_t load(uint8_t v) { return v; }
 FUSED_INPAINT_INLINE float load(bf16 v) {
   const uint32_t u = static_cast<uint32_t>(v.bits) << 16;
   float f;

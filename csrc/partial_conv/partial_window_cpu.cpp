@@ -8,103 +8,131 @@
 namespace fused_inpaint::cpu {
 namespace {
 
-// The first value that is neither 0 nor 1, or nothing.
+// Whether there is a value that is neither 0 nor 1, which a loop that stopped at it would not be vectorised for.
 template <typename T>
-std::optional<double> pack(const T* mask, uint8_t* plane, int64_t n) {
+FUSED_INPAINT_CLONES bool pack_chunk(const T* mask, uint8_t* __restrict plane, int64_t n) {
+  uint8_t odd = 0;
   for (int64_t i = 0; i < n; ++i) {
     const auto v = load(mask[i]);
     plane[i] = v != 0;
-    if (v != 0 && v != 1) return static_cast<double>(v);
+    odd |= (v != 0) & (v != 1);
   }
-  return std::nullopt;
+  return odd != 0;
 }
 
-std::optional<double> pack(const uint8_t* mask, uint8_t* plane, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    plane[i] = mask[i];
-    if (mask[i] > 1) return mask[i];
-  }
-  return std::nullopt;
+// The first such value, or nothing.
+template <typename T>
+std::optional<double> pack(const T* mask, uint8_t* plane, int64_t n) {
+  if (!pack_chunk(mask, plane, n)) return std::nullopt;
+  for (int64_t i = 0;; ++i)
+    if (const auto v = load(mask[i]); v != 0 && v != 1) return static_cast<double>(v);
 }
 
-// sum[x] += weight * (number of valid channels of the mask at row y, column x), the mask being upsampled by `up`.
-FUSED_INPAINT_CLONES void add_row(const uint8_t* mask, int64_t channels, int64_t h, int64_t w, int64_t y,
-                                  int32_t weight, int64_t up, int32_t* __restrict sum) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const uint8_t* row = mask + (c * h + y / up) * w;
-    for (int64_t x = 0; x < w; ++x)
-      for (int64_t copy = 0; copy < up; ++copy) sum[x * up + copy] += weight * row[x];
+// sum[x] += weight * (number of valid channels in column x), for one row of w columns in planes of `plane` pixels.
+FUSED_INPAINT_CLONES void add_row(const uint8_t* row, int64_t channels, int64_t plane, int64_t w, int32_t weight,
+                                  int32_t* __restrict sum) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t x = 0; x < w; ++x) sum[x] += weight * row[c * plane + x];
+}
+
+FUSED_INPAINT_CLONES void add_doubled(const int32_t* row, int64_t w, int32_t* __restrict sum) {
+  for (int64_t x = 0; x < w; ++x) {
+    sum[2 * x] += row[x];
+    sum[2 * x + 1] += row[x];
   }
 }
 
 // One axis of a box sum: out[i] = sum over taps t of in[i * stride - padding + t * dilation], zero outside.
 struct Axis {
   int64_t size, out, taps, stride, padding, dilation;
+  int64_t reach() const { return (taps - 1) * dilation; }
 };
 
-// `sums` is scratch of a.size + 1.
-void sum_row(const int32_t* in, int32_t* out, const Axis& a, int32_t* sums) {
-  if (a.dilation == 1) {
-    sums[0] = 0;
-    for (int64_t x = 0; x < a.size; ++x) sums[x + 1] = sums[x] + in[x];
-    for (int64_t i = 0; i < a.out; ++i) {
-      const int64_t first = i * a.stride - a.padding;
-      const int64_t low = std::clamp<int64_t>(first, 0, a.size), high = std::clamp<int64_t>(first + a.taps, 0, a.size);
-      out[i] = sums[high] - sums[low];
-    }
-    return;
-  }
-  for (int64_t i = 0; i < a.out; ++i) {
-    int32_t sum = 0;
-    for (int64_t t = 0; t < a.taps; ++t) {
-      const int64_t x = i * a.stride - a.padding + t * a.dilation;
-      if (x >= 0 && x < a.size) sum += in[x];
-    }
-    out[i] = sum;
-  }
+// `in` begins with the padding. The stride is a constant where there is one to speak of.
+template <int64_t constant>
+FUSED_INPAINT_CLONES void sum_across(const int32_t* in, int32_t* __restrict out, Axis a) {
+  const int64_t stride = constant ? constant : a.stride;
+  std::fill(out, out + a.out, 0);
+  for (int64_t t = 0; t < a.taps; ++t)
+    for (int64_t i = 0; i < a.out; ++i) out[i] += in[i * stride + t * a.dilation];
 }
 
-// Output row i of the sum down the columns of `in`, which has a.size rows of `width`.
-FUSED_INPAINT_CLONES void sum_down(const int32_t* in, int32_t* __restrict out, uint8_t* __restrict valid, Axis a,
-                                   int64_t i, int64_t width) {
+// Output row i of the sum down the columns of `in`, which holds the rows from `first` on, of `width`.
+FUSED_INPAINT_CLONES void sum_down(const int32_t* in, int64_t first, int32_t* __restrict out, uint8_t* __restrict valid,
+                                   Axis a, int64_t i, int64_t width) {
   std::fill(out, out + width, 0);
   for (int64_t t = 0; t < a.taps; ++t) {
     const int64_t y = i * a.stride - a.padding + t * a.dilation;
     if (y < 0 || y >= a.size) continue;
-    for (int64_t x = 0; x < width; ++x) out[x] += in[y * width + x];
+    for (int64_t x = 0; x < width; ++x) out[x] += in[(y - first) * width + x];
   }
   for (int64_t x = 0; x < width; ++x) valid[x] = out[x] > 0;
 }
 
+// Rows of a step's masks: their valid values, added up over sources and channels, then across each window.
+class RowSums {
+ public:
+  RowSums(const WindowStep& step, const Axis& across)
+      : step_(step), across_(across), row_(across.size + 2 * across.padding), low_(across.size) {}
+
+  void operator()(int64_t n, int64_t y, int32_t* out) {
+    int32_t* const sum = row_.data() + across_.padding;
+    std::fill(sum, sum + across_.size, 0);
+    for (size_t i = 0; i < step_.masks.size(); ++i) {
+      const Tensor& mask = step_.masks[i];
+      const int64_t planes = mask.size(1), h = mask.size(2), w = mask.size(3), up = step_.upsample[i];
+      const uint8_t* row = data<uint8_t>(mask) + (mask.size(0) == 1 ? 0 : n * planes * h * w) + y / up * w;
+      const auto weight = static_cast<int32_t>(step_.channels[i] / planes);
+      if (up == 1) {
+        add_row(row, planes, h * w, w, weight, sum);
+        continue;
+      }
+      std::fill(low_.begin(), low_.end(), 0);
+      add_row(row, planes, h * w, w, weight, low_.data());
+      add_doubled(low_.data(), w, sum);
+    }
+    (across_.stride == 1   ? sum_across<1>
+     : across_.stride == 2 ? sum_across<2>
+                           : sum_across<0>)(row_.data(), out, across_);
+  }
+
+ private:
+  const WindowStep& step_;
+  const Axis across_;
+  std::vector<int32_t> row_, low_;
+};
+
+// Bands of output rows, each of which sums the rows of the masks that it needs, so that they stay in the caches.
 void sum_window(WindowStep& step) {
   const std::vector<Tensor>& masks = step.masks;
-  const int64_t batch = batch_of(masks);
-  const int64_t h = masks[0].size(2) * step.upsample[0], w = masks[0].size(3) * step.upsample[0];
-  auto axis = [&](int d, int64_t size) {
-    return Axis{size, step.counts.size(2 + d), step.kernel[d], step.stride[d], step.padding[d], step.dilation[d]};
+  auto axis = [&](int d) {
+    return Axis{masks[0].size(2 + d) * step.upsample[0],
+                step.counts.size(2 + d),
+                step.kernel[d],
+                step.stride[d],
+                step.padding[d],
+                step.dilation[d]};
   };
-  const Axis rows = axis(0, h), cols = axis(1, w);
-  int32_t* counts = mutable_data<int32_t>(step.counts);
-  uint8_t* valid = mutable_data<uint8_t>(step.valid);
-  std::vector<int32_t> narrow(batch * h * cols.out);
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w));
-  torch::stable::parallel_for(0, batch * h, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> sum(w), scratch(w + 1);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / h, y = row % h;
-      std::fill(sum.begin(), sum.end(), 0);
-      for (size_t i = 0; i < masks.size(); ++i) {
-        const int64_t planes = masks[i].size(1), mh = masks[i].size(2), mw = masks[i].size(3);
-        const uint8_t* mask = data<uint8_t>(masks[i]) + (masks[i].size(0) == 1 ? 0 : n * planes * mh * mw);
-        add_row(mask, planes, mh, mw, y, static_cast<int32_t>(step.channels[i] / planes), step.upsample[i], sum.data());
+  const Axis down = axis(0), across = axis(1);
+  int32_t* const counts = mutable_data<int32_t>(step.counts);
+  uint8_t* const valid = mutable_data<uint8_t>(step.valid);
+  const int64_t height = std::max<int64_t>(32, ceil_div(down.reach(), down.stride));
+  const int64_t bands = ceil_div(down.out, height);
+  const int64_t grain = ceil_div(16384, std::max<int64_t>(1, height * down.stride * across.size));
+  torch::stable::parallel_for(0, batch_of(masks) * bands, grain, [&](int64_t begin, int64_t end) {
+    RowSums sums(step, across);
+    std::vector<int32_t> rows;
+    for (int64_t band = begin; band < end; ++band) {
+      const int64_t n = band / bands, top = band % bands * height, bottom = std::min(top + height, down.out);
+      const int64_t first = std::clamp<int64_t>(top * down.stride - down.padding, 0, down.size);
+      const int64_t last =
+          std::clamp<int64_t>((bottom - 1) * down.stride - down.padding + down.reach() + 1, first, down.size);
+      rows.resize((last - first) * across.out);
+      for (int64_t y = first; y < last; ++y) sums(n, y, rows.data() + (y - first) * across.out);
+      for (int64_t i = top; i < bottom; ++i) {
+        const int64_t at = (n * down.out + i) * across.out;
+        sum_down(rows.data(), first, counts + at, valid + at, down, i, across.out);
       }
-      sum_row(sum.data(), narrow.data() + row * cols.out, cols, scratch.data());
-    }
-  });
-  torch::stable::parallel_for(0, batch * rows.out, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / rows.out, i = row % rows.out, at = row * cols.out;
-      sum_down(narrow.data() + n * h * cols.out, counts + at, valid + at, rows, i, cols.out);
     }
   });
 }
