@@ -2,6 +2,7 @@
 """Seeds, poisoned memory and the backends a test runs on."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import settings
 from fused_inpaint import _backends, _extension, use_backend
 from fused_inpaint.ops.partial_conv import plan, routes
 
+# A shell's background job ignores Ctrl-C, and so would the commands that tests send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The vendor's float32 would be TF32 on a GPU, which is not what the tolerances are for.
 torch.backends.cudnn.allow_tf32 = False
 # cuBLAS is deterministic only with a workspace chosen before its first call.
