@@ -13,7 +13,8 @@ DEMO ?=
 TESTS ?= tests
 TEST_EXTRAS ?= test,demo
 WORKERS ?= 2
-PYTEST = $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+# Files in their order: those of few tests, which take longest, would come last, with nothing left to run beside them.
+PYTEST = $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 # Installing again is due when what is compiled or declared changes; edits to Python files show through the editable install.
