@@ -208,7 +208,11 @@ def test_interrupted_run_keeps_its_last_step(folder: Path, tmp_path: Path) -> No
     while not (written.exists() and written.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    try:
+        error = process.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # or it trains on beside all other tests
+        raise
     assert process.returncode == 130 and "Traceback" not in error, error
     (step,) = (int(path.stem[-7:]) for path in out.glob("checkpoint-*.pt"))
     said = f"fused-inpaint train: interrupted, step {step} is saved, the same command goes on from there\n"
