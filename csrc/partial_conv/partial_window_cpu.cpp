@@ -10,7 +10,7 @@ namespace {
 
 // Whether there is a value that is neither 0 nor 1, which a loop that stopped at it would not be vectorised for.
 template <typename T>
-FUSED_INPAINT_CLONES bool pack_chunk(const T* mask, uint8_t* __restrict plane, int64_t n) {
+FUSED_INPAINT_CLONES bool pack_all(const T* mask, uint8_t* __restrict plane, int64_t n) {
   uint8_t odd = 0;
   for (int64_t i = 0; i < n; ++i) {
     const auto v = load(mask[i]);
@@ -23,7 +23,7 @@ FUSED_INPAINT_CLONES bool pack_chunk(const T* mask, uint8_t* __restrict plane, i
 // The first such value, or nothing.
 template <typename T>
 std::optional<double> pack(const T* mask, uint8_t* plane, int64_t n) {
-  if (!pack_chunk(mask, plane, n)) return std::nullopt;
+  if (!pack_all(mask, plane, n)) return std::nullopt;
   for (int64_t i = 0;; ++i)
     if (const auto v = load(mask[i]); v != 0 && v != 1) return static_cast<double>(v);
 }
@@ -48,7 +48,7 @@ struct Axis {
   int64_t reach() const { return (taps - 1) * dilation; }
 };
 
-// `in` begins with the padding. The stride is a constant where there is one to speak of.
+// `in` begins with the padding. A stride of 1 or 2 is a constant, which makes vectors of the loop; 0: any stride.
 template <int64_t constant>
 FUSED_INPAINT_CLONES void sum_across(const int32_t* in, int32_t* __restrict out, Axis a) {
   const int64_t stride = constant ? constant : a.stride;
