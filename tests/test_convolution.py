@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight's gradient over few pixels, which the CPU computes by products of matrices (csrc/common/convolution.h)."""
+"""Convolutions over few pixels, which the CPU computes itself (csrc/common/convolution_cpu.h): forward as an implicit
+GEMM, backward by products of matrices."""
 
 import pytest
 import torch
 from cases import assert_close
 from torch import Tensor
 
-from fused_inpaint import _backends, ops, use_backend
+from fused_inpaint import PartialConv2d, _backends, ops, prepack, use_backend
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "one_thread"),
     pytest.mark.skipif(bool(_backends.status()["cpu"]), reason=_backends.status()["cpu"] or "usable"),
 ]
+avx512 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this processor has no implicit GEMM, without AVX-512"
+)
 
 # kernel, stride, padding, dilation, map
 GEOMETRIES = [
@@ -21,38 +25,93 @@ GEOMETRIES = [
     ((5, 5), (2, 2), (2, 2), (1, 1), (2, 2)),
     ((1, 1), (1, 1), (0, 0), (1, 1), (16, 16)),
 ]
+# Channels that are more than a block of them, and a filter that begins anywhere in memory.
+CHANNELS, OUTPUTS = 1040, 100
 
 
-def gradients(geometry: tuple, dtype: torch.dtype, backend: str) -> list[Tensor]:
-    kernel, stride, padding, dilation, size = geometry
+def inputs(geometry: tuple, dtype: torch.dtype, batch: int, channels: int, outputs: int) -> tuple[Tensor, ...]:
+    kernel, _, _, _, size = geometry
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 120, *size, generator=g).to(dtype).requires_grad_()
-    weight = torch.randn(140, 120, *kernel, generator=g).to(dtype).requires_grad_()
-    mask = (torch.rand(2, 1, *size, generator=g) > 0.3).to(dtype)
+    x = torch.randn(batch, channels, *size, generator=g).to(dtype)
+    weight = torch.randn(outputs, channels, *kernel, generator=g).to(dtype)
+    mask = (torch.rand(batch, 1, *size, generator=g) > 0.3).to(dtype)
+    return x, weight.contiguous(memory_format=torch.channels_last), mask
+
+
+def convolve(geometry: tuple, x: Tensor, weight: Tensor, mask: Tensor, backend: str) -> Tensor:
+    _, stride, padding, dilation, _ = geometry
     with use_backend(backend):
-        y, _ = ops.partial_conv2d(x, mask, weight, stride=stride, padding=padding, dilation=dilation)
-        grad = torch.randn(y.shape, generator=g).to(dtype)
-        return list(torch.autograd.grad(y, (x, weight), grad))
+        return ops.partial_conv2d(x, mask, weight, stride=stride, padding=padding, dilation=dilation)[0]
+
+
+def gradients(geometry: tuple, dtype: torch.dtype, backend: str, batch: int = 2) -> list[Tensor]:
+    x, weight, mask = inputs(geometry, dtype, batch, 120, 140)
+    y = convolve(geometry, x.requires_grad_(), weight.requires_grad_(), mask, backend)
+    return list(torch.autograd.grad(y, (x, weight), torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)))
+
+
+def called(function, *arguments) -> list[str]:  # type: ignore[no-untyped-def]
+    with torch.profiler.profile() as profile:
+        function(*arguments)
+    return [event.name for event in profile.events()]
+
+
+@avx512
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("geometry", GEOMETRIES[:4], ids=lambda geometry: f"{geometry[0]}-{geometry[1]}")
+def test_few_pixels(geometry: tuple, batch: int) -> None:
+    x, weight, mask = inputs(geometry, torch.float32, batch, CHANNELS, OUTPUTS)
+    x[:, :, 0] = torch.where(mask[:, :, 0] == 0, torch.nan, x[:, :, 0])
+    expected = convolve(geometry, x.double(), weight.double(), mask.double(), "reference")
+    assert_close(convolve(geometry, x, weight, mask, "cpu"), expected, 1e-5)
+    vendors = "aten::convolution" in called(convolve, geometry, x, weight, mask, "cpu")
+    assert vendors == (expected.numel() // OUTPUTS > 64)
+
+
+@avx512
+def test_few_pixels_are_no_other_bits_for_another_number_of_threads() -> None:
+    given = inputs(GEOMETRIES[1], torch.float32, 3, CHANNELS, OUTPUTS)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(convolve(GEOMETRIES[1], *given, "cpu"))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@avx512
+@pytest.mark.parametrize("side, plain", [(4, True), (5, False)], ids=["16-pixels", "25-pixels"])
+def test_packed_weights_are_for_more_pixels(side: int, plain: bool) -> None:
+    layer = prepack(PartialConv2d(CHANNELS, OUTPUTS, 3, padding=1).eval())
+    x, mask = torch.randn(1, CHANNELS, side, side), torch.ones(1, 1, side, side)
+    with torch.inference_mode():
+        names = called(layer, x, mask)
+        assert ("mkldnn::_convolution_pointwise" in names) != plain and "aten::convolution" not in names
+        with use_backend("reference"):
+            expected = layer.double()(x.double(), mask.double())
+        assert_close(layer.float()(x, mask), expected, 1e-5)
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: f"{geometry[0]}-{geometry[1]}")
-def test_reference(geometry: tuple, dtype: torch.dtype, rtol: float) -> None:
-    for actual, expected in zip(
-        gradients(geometry, dtype, "cpu"), gradients(geometry, torch.float64, "reference"), strict=True
-    ):
-        assert_close(actual, expected, rtol)
+def test_gradients(geometry: tuple, batch: int, dtype: torch.dtype, rtol: float) -> None:
+    actual = gradients(geometry, dtype, "cpu", batch)
+    for found, expected in zip(actual, gradients(geometry, torch.float64, "reference", batch), strict=True):
+        assert_close(found, expected, rtol)
 
 
-def test_which_are_products() -> None:
-    with torch.profiler.profile() as profile:
-        gradients(GEOMETRIES[0], torch.float32, "cpu")
-    assert [event.name for event in profile.events()].count("aten::mm") == 9  # one for each tap
+# For each tap, of the map's gradient up to 128 pixels and of the weight's up to 512.
+@pytest.mark.parametrize("batch, products", [(2, 18), (3, 9), (10, 0)])
+def test_which_gradients_are_products(batch: int, products: int) -> None:
+    names = called(gradients, GEOMETRIES[0], torch.float32, "cpu", batch)
+    assert names.count("aten::mm") == products
+    assert ("aten::convolution_backward" in names) == (products < 18)
 
 
 def test_the_same_bits_whatever_the_number_of_threads() -> None:
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(gradients(GEOMETRIES[0], torch.float32, "cpu")[1])
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        found.append(gradients(GEOMETRIES[0], torch.float32, "cpu"))
+    for one, two, three in zip(*found, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)

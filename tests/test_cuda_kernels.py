@@ -68,7 +68,13 @@ def test_sanitized_cpu_kernels() -> None:
     """The same of the CPU's own kernels, also on random arguments."""
     run_suite(
         build.build(sorted((build.ROOT / "csrc").glob("*/*_cpu.cpp")), sanitize=True),
-        [*VALUES, "tests/test_hardening.py", "-k", "any_arguments or (cpu and float32 and test_reference)"],
+        [
+            *VALUES,
+            "tests/test_hardening.py",
+            "tests/test_convolution.py",
+            "-k",
+            "any_arguments or few_pixels or test_gradients or (cpu and float32 and test_reference)",
+        ],
         sanitize=True,
         reverse=False,
     )

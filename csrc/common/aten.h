@@ -99,6 +99,11 @@ struct ConvGeometry {
   int64_t groups;
 };
 
+// Side of a convolution's output.
+inline int64_t window_output(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
 // The CPU's float16 convolution accumulates in float16, which no GPU's does: emulation goes around it.
 inline bool emulates_half(const Tensor& t) {
 #ifdef FUSED_INPAINT_EMULATE

@@ -1,48 +1,109 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward pass of a convolution on a CPU: the vendor's, but for the weight's gradient over few pixels.
+// A convolution and its backward pass on a CPU: the vendor's, but over few pixels, where the vendor's kernels spend
+// their time on bringing weights and their gradients into and out of their own layout.
 #pragma once
 
 #include <cstring>
 
-#include "common/products.h"
+#include "common/implicit_gemm_cpu.h"
 
 namespace fused_inpaint::cpu {
 namespace {
 
-// Over few pixels the vendor's kernel spends its time on bringing the weight's gradient into and out of its own layout:
-// a product of matrices for each tap, written to its place, takes a third of the time (measured from 4 x 4 to 17 x 17;
-// at 32 x 32 the vendor's is the quicker).
-inline bool suits_products(const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  return g.groups == 1 && x.scalar_type() == wide(x.scalar_type()) &&
-         grad.size(0) * grad.size(2) * grad.size(3) <= 512 && weight.size(0) * weight.size(1) >= int64_t{1} << 14;
+// Pixels of an output over which the implicit GEMM is the quicker: than the vendor's convolution as it is, and than one
+// whose weight is in the vendor's layout already.
+constexpr int64_t kFewPixels = 64, kFewPixelsPacked = 16;
+
+// A geometry that Taps can be asked about.
+inline bool is_plain(const ConvGeometry& g) {
+  auto within = [](const Ints& pair, int64_t least) {
+    return pair.size() == 2 && pair[0] >= least && pair[1] >= least;
+  };
+  return g.groups == 1 && within(g.stride, 1) && within(g.padding, 0) && within(g.dilation, 1);
 }
 
-// (O, C, kh, kw), channels last: for tap (u, v) the product of grad (pixels, O), transposed, and of what the tap reads,
+// The taps of a convolution that should be an implicit_gemm, if it is one, of at most so many pixels.
+inline std::optional<Taps> few_pixels(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t pixels) {
+  if (!has_implicit_gemm() || !is_plain(g) || x.scalar_type() != ScalarType::Float || x.size(1) % kLanes ||
+      weight.size(0) % kFilters || weight.numel() < int64_t{1} << 19 || !is_channels_last(x) ||
+      !is_channels_last(weight))
+    return std::nullopt;
+  auto side = [&](int d) {
+    return window_output(x.size(2 + d), weight.size(2 + d), g.stride[d], g.padding[d], g.dilation[d]);
+  };
+  const Taps taps{x, weight, g, side(0), side(1)};
+  return taps.h > 0 && taps.w > 0 && taps.rows <= pixels ? std::optional(taps) : std::nullopt;
+}
+
+// As aten_convolution.
+inline Tensor convolution(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  const auto taps = few_pixels(x, weight, g, kFewPixels);
+  return taps ? implicit_gemm(x, weight, *taps) : aten_convolution(x, weight, g);
+}
+
+// Whether that is quicker than the vendor's with a packed weight.
+inline bool suits_plain_weight(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  return few_pixels(x, weight, g, kFewPixelsPacked).has_value();
+}
+
+// Whether a gradient, from that of so many pixels of the output at most, should be products of matrices.
+inline bool suits_products(const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g,
+                           int64_t pixels) {
+  return is_plain(g) && x.scalar_type() == wide(x.scalar_type()) &&
+         grad.size(0) * grad.size(2) * grad.size(3) <= pixels && weight.size(0) * weight.size(1) >= int64_t{1} << 14;
+}
+
+// (O, C, kh, kw), channels last: for each tap the product of grad (pixels, O), transposed, and of what the tap reads,
 // (pixels, C). A tap is one thread's.
 template <typename T>
-Tensor weight_gradient(const Tensor& grad_, const Tensor& x_, const Tensor& weight, const ConvGeometry& g) {
-  const Tensor grad = channels_last(grad_), x = channels_last(x_);
-  const int64_t outputs = weight.size(0), channels = weight.size(1), height = weight.size(2), width = weight.size(3);
-  const int64_t rows = grad.size(2), columns = grad.size(3), pixels = grad.size(0) * rows * columns;
-  const int64_t taps = height * width, h = x.size(2), w = x.size(3);
+Tensor weight_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight, const Taps& taps) {
+  const int64_t outputs = weight.size(0), channels = weight.size(1), n = weight.size(2) * weight.size(3);
   Tensor out = empty_channels_last(sizes(weight), weight.scalar_type(), weight);
-  const Tensor left = matrix(data<T>(grad), outputs, pixels, 1, outputs, grad);
+  const Tensor left = matrix(data<T>(grad), outputs, taps.rows, 1, outputs, grad);
   const T* from = data<T>(x);
   T* to = mutable_data<T>(out);
-  share(taps, [&](auto&& take) {
-    Tensor read = empty({pixels, channels}, x.scalar_type(), x);
+  share(n, [&](auto&& take) {
+    Tensor read = empty({taps.rows, channels}, x.scalar_type(), x);
     for (int64_t tap; (tap = take()) >= 0;) {
       T* row = mutable_data<T>(read);
-      for (int64_t p = 0; p < pixels; ++p, row += channels) {
-        const int64_t i = p / columns % rows * g.stride[0] - g.padding[0] + tap / width * g.dilation[0];
-        const int64_t j = p % columns * g.stride[1] - g.padding[1] + tap % width * g.dilation[1];
-        if (i >= 0 && i < h && j >= 0 && j < w)
-          std::memcpy(row, from + ((p / columns / rows * h + i) * w + j) * channels, channels * sizeof(T));
+      for (int64_t p = 0; p < taps.rows; ++p, row += channels)
+        if (const int64_t pixel = taps.source(tap, p); pixel >= 0)
+          std::memcpy(row, from + pixel * channels, channels * sizeof(T));
         else
           std::memset(row, 0, channels * sizeof(T));
-      }
-      multiply(left, read, matrix(to + tap * channels, outputs, channels, taps * channels, 1, out));
+      multiply(left, read, matrix(to + tap * channels, outputs, channels, n * channels, 1, out));
     }
+  });
+  return out;
+}
+
+template <typename T>
+FUSED_INPAINT_CLONES void add_values(const T* from, T* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+// (N, C, H, W), channels last: for each tap the product of grad (pixels, O) and of the tap's weights (O, C), on one
+// thread, whose rows are then added, tap after tap, to the pixels that were read.
+template <typename T>
+Tensor source_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight, const Taps& taps) {
+  const int64_t outputs = weight.size(0), channels = weight.size(1), n = weight.size(2) * weight.size(3);
+  Tensor products = empty({n, taps.rows, channels}, x.scalar_type(), x);
+  const Tensor left = matrix(data<T>(grad), taps.rows, outputs, outputs, 1, grad);
+  const T* filters = data<T>(weight);
+  T* const found = mutable_data<T>(products);
+  share(n, [&](auto&& take) {
+    for (int64_t tap; (tap = take()) >= 0;)
+      multiply(left, matrix(filters + tap * channels, outputs, channels, n * channels, 1, weight),
+               matrix(found + tap * taps.rows * channels, taps.rows, channels, channels, 1, products));
+  });
+  Tensor out = zeros_like_size(sizes(x), x);
+  T* const to = mutable_data<T>(out);
+  constexpr int64_t kSlice = 64;
+  parallel_for(0, ceil_div(channels, kSlice), 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kSlice, width = std::min(end * kSlice, channels) - first;
+    for (int64_t i = 0; i < n * taps.rows; ++i)
+      if (const int64_t pixel = taps.source(i / taps.rows, i % taps.rows); pixel >= 0)
+        add_values(found + i * channels + first, to + pixel * channels + first, width);
   });
   return out;
 }
@@ -50,12 +111,22 @@ Tensor weight_gradient(const Tensor& grad_, const Tensor& x_, const Tensor& weig
 // As aten_convolution_backward.
 inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> convolution_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool need_x, bool need_weight) {
-  if (!need_weight || !suits_products(grad, x, weight, g))
-    return aten_convolution_backward(grad, x, weight, g, need_x, need_weight);
+  const bool x_here = need_x && is_channels_last(weight) && suits_products(grad, x, weight, g, 128);
+  const bool weight_here = need_weight && suits_products(grad, x, weight, g, 512);
+  if (!x_here && !weight_here) return aten_convolution_backward(grad, x, weight, g, need_x, need_weight);
   std::tuple<std::optional<Tensor>, std::optional<Tensor>> out;
-  if (need_x) out = aten_convolution_backward(grad, x, weight, g, true, false);
-  std::get<1>(out) = x.scalar_type() == ScalarType::Double ? weight_gradient<double>(grad, x, weight, g)
-                                                           : weight_gradient<float>(grad, x, weight, g);
+  if (need_x > x_here || need_weight > weight_here)
+    out = aten_convolution_backward(grad, x, weight, g, need_x > x_here, need_weight > weight_here);
+  const Tensor dy = channels_last(grad), read = channels_last(x);
+  const Taps taps{read, weight, g, grad.size(2), grad.size(3)};
+  auto products = [&]<typename T>() {
+    if (x_here) std::get<0>(out) = source_gradient<T>(dy, read, weight, taps);
+    if (weight_here) std::get<1>(out) = weight_gradient<T>(dy, read, weight, taps);
+  };
+  if (x.scalar_type() == ScalarType::Double)
+    products.template operator()<double>();
+  else
+    products.template operator()<float>();
   return out;
 }
 

@@ -62,11 +62,6 @@ inline Output describe_output(const Tensor& y, const Tensor& count, double windo
           slope};
 }
 
-// Side of a convolution's output.
-inline int64_t window_output(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
 // A source of at most 4 channels as 2 x 2 blocks of its pixels: a quarter of the pixels, with the block's 4 C values as
 // channels, each pixel filled up with zeros to 2 or 4. What is a convolution of too few channels for a GPU's matrix
 // units becomes an unpadded one of stride 1 and (k + 1) / 2 taps a side. Either the convolution itself has stride 2, or

@@ -5,7 +5,9 @@
 
 namespace fused_inpaint::cuda {
 constexpr bool kMatrixUnits = true;
+constexpr auto convolution = aten_convolution;
 constexpr auto convolution_backward = aten_convolution_backward;
+constexpr bool suits_plain_weight(const Tensor&, const Tensor&, const ConvGeometry&) { return false; }
 }  // namespace fused_inpaint::cuda
 
 #include "partial_conv/partial_conv_host.h"

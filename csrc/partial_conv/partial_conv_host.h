@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial convolution on either device: zeroed sources, the vendor's convolution, one pass over the output. Included
 // once for each device, after FUSED_INPAINT_DEVICE names the namespace of its passes. Defined there before:
-// kMatrixUnits, whether the vendor's convolution wants channels by eights, and convolution_backward.
+// kMatrixUnits, whether the vendor's convolution wants channels by eights; convolution and
+// convolution_backward; and suits_plain_weight, whether a convolution is quicker by the weight as it is than packed.
 #pragma once
 
 #include <array>
@@ -64,6 +65,7 @@ struct Operands {
   std::vector<bool> folded;
   std::vector<ConvGeometry> geometry;
   std::vector<std::optional<PixelBlocks>> blocks;
+  bool packed = false;  // the weights
   void add(const Tensor& source, const Tensor& filters, bool low, const ConvGeometry& how,
            const std::optional<PixelBlocks>& in_blocks = std::nullopt) {
     x.push_back(source), weight.push_back(filters), folded.push_back(low), geometry.push_back(how);
@@ -131,10 +133,13 @@ Operands prepare(const std::vector<Tensor>& sources, const std::vector<Tensor>& 
     if (blocks)
       add_blocks(0, *blocks, 0, weight.size(0));
     else
-      o.add(alone ? zero_filled(sources[0], masks[0], zeroed[0]) : concat_sources(sources, masks, upsample),
-            packed.empty() ? weight : packed[0], false, geometry);
+      o.add(alone ? zero_filled(sources[0], masks[0], zeroed[0]) : concat_sources(sources, masks, upsample), weight,
+            false, geometry);
+    o.packed = !packed.empty() && !suits_plain_weight(o.x[0], weight, geometry);
+    if (o.packed) o.weight[0] = packed[0];
     return o;
   }
+  o.packed = !packed.empty();
   const Fold f(weight.size(2));
   int64_t first = 0;
   for (size_t i = 0; i < sources.size(); ++i) {
@@ -190,11 +195,11 @@ void check_numerator(const Numerator& numerator, const std::vector<int64_t>& siz
               {size[0], 4 * phase_outputs(size[1], dtype), size[2] / 2 + shift, size[3] / 2 + shift}, dtype);
 }
 
-Numerator convolve(const Operands& o, bool packed) {
+Numerator convolve(const Operands& o) {
   Numerator out;
   for (size_t i = 0; i < o.x.size(); ++i) {
-    Tensor term = packed ? packed_convolution(o.x[i], o.weight[i], o.geometry[i])
-                         : aten_convolution(o.x[i], o.weight[i], o.geometry[i]);
+    Tensor term = o.packed ? packed_convolution(o.x[i], o.weight[i], o.geometry[i])
+                           : convolution(o.x[i], o.weight[i], o.geometry[i]);
     std::optional<Tensor>& slot = o.folded[i] ? out.phases : out.sum;
     if (slot)
       accumulate(*slot, term);
@@ -323,7 +328,7 @@ Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Te
   const std::vector<Tensor> packed = packed_weights.value_or(std::vector<Tensor>{});
   const Operands o =
       prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, zeroed, fold, packed);
-  const Numerator numerator = convolve(o, !packed.empty());
+  const Numerator numerator = convolve(o);
   Tensor y = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
   check_numerator(numerator, size, shift_of(weight), dtype);
   const Output out = describe_output(y, count, window_of(sources, weight), activation, slope);
@@ -403,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_conv2d_bn(std::vector<Tensor>
   Tensor mean = empty({outputs}, wide(dtype), weight), var = empty({outputs}, wide(dtype), weight);
   const bool fold = folds(sources, upsample, weight, fold_from);
   const Operands o = prepare(sources, masks, weight, upsample, {stride, padding, dilation, groups}, zeroed, fold, {});
-  const Numerator numerator = convolve(o, false);
+  const Numerator numerator = convolve(o);
   Tensor conv = numerator.sum ? *numerator.sum : empty_channels_last(size, dtype, sources[0]);
   check_numerator(numerator, size, shift_of(weight), dtype);
   const Output out = describe_output(conv, count, window_of(sources, weight), activation, slope);
