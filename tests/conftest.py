@@ -11,12 +11,15 @@ from cases import KERNELS
 from hypothesis import settings
 
 from fused_inpaint import _backends, _extension, use_backend
+from fused_inpaint.ops import checks
 from fused_inpaint.ops.partial_conv import plan, routes
 
 # A shell's background job ignores Ctrl-C, and so would the commands that tests send it to.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The vendor's float32 would be TF32 on a GPU, which is not what the tolerances are for.
 torch.backends.cudnn.allow_tf32 = False
+# The kernels' bfloat16 is tested on every processor, also where users would be given float32 instead.
+checks.EMULATED = {torch.float16}
 # cuBLAS is deterministic only with a workspace chosen before its first call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

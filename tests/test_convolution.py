@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions over few pixels, which the CPU computes itself (csrc/common/convolution_cpu.h): forward as an implicit
-GEMM, backward by products of matrices."""
+GEMM, backward by products of matrices. And the types that it computes them in."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import assert_close
 from torch import Tensor
 
-from fused_inpaint import PartialConv2d, _backends, ops, prepack, use_backend
+from fused_inpaint import PartialConv2d, PyramidConv2d, RegionConv2d, _backends, ops, prepack, use_backend
+from fused_inpaint.ops import checks
+from fused_inpaint.ops.partial_conv import plan
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "one_thread"),
@@ -115,3 +119,66 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
         found.append(gradients(GEOMETRIES[0], torch.float32, "cpu"))
     for one, two, three in zip(*found, strict=True):
         assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A processor that has no instructions for the half types."""
+    monkeypatch.setattr(checks, "EMULATED", {torch.float16, torch.bfloat16})
+    plan.forget()
+    yield
+    plan.forget()
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@HALVES
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_an_emulated_type_is_float32_rounded_once(dtype: torch.dtype, packed: bool, emulated: None) -> None:
+    layer = PartialConv2d(24, 16, 3, padding=1).to(dtype).eval()
+    x, mask = torch.randn(2, 24, 9, 9, dtype=dtype), (torch.rand(2, 1, 9, 9) > 0.3).to(dtype)
+    wide = PartialConv2d(24, 16, 3, padding=1).eval()
+    wide.load_state_dict(layer.state_dict())
+    if packed:
+        prepack(layer), prepack(wide)
+    with torch.no_grad():
+        names = called(layer, x, mask)
+        assert ("mkldnn::_convolution_pointwise" in names) == packed
+        assert torch.equal(layer(x, mask), wide(x.float(), mask).to(dtype))
+
+
+@HALVES
+def test_autocast_to_an_emulated_type_rounds_no_input(dtype: torch.dtype, emulated: None) -> None:
+    layer = PartialConv2d(24, 16, 3, padding=1)
+    x, mask = torch.randn(2, 24, 9, 9), (torch.rand(2, 1, 9, 9) > 0.3).float()
+    with torch.autocast("cpu", dtype):
+        y = layer(x, mask)
+    assert y.dtype == dtype and torch.equal(y, layer(x, mask).to(dtype))
+    y.sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+
+
+@HALVES
+@pytest.mark.parametrize("name", ["region_input", "region_output", "pyramid"])
+def test_so_are_the_other_convolutions(name: str, dtype: torch.dtype, emulated: None) -> None:
+    x, mask = torch.randn(1, 8, 12, 12), (torch.rand(1, 1, 12, 12) > 0.5).float()
+    given: tuple[Tensor, ...] = (x, mask)
+    layer: torch.nn.Module
+    if name == "pyramid":
+        layer, given = PyramidConv2d(8, (1, 2)), (x,)
+    elif name == "region_input":
+        layer, given = RegionConv2d(8, 8, 3, padding=1, select="input"), (x, mask, x)
+    else:
+        layer = RegionConv2d(8, 8, 3, padding=1, select="output")
+    layer, given = layer.to(dtype), tuple(t.to(dtype) for t in given)
+    with torch.no_grad():
+        y = layer(*given)
+        assert y.dtype == dtype
+        assert torch.equal(y, layer.float()(*(t.float() for t in given)).to(dtype))
+
+
+def test_float64_and_float32_stay() -> None:
+    assert [checks.convolution_dtype(t) for t in (torch.float32, torch.float64)] == [torch.float32, torch.float64]
+    assert checks.convolution_dtype(torch.float16) == torch.float32
+    assert checks.convolution_dtype(torch.float16, cpu=False) == torch.float16

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all operators check alike. A sentence is only put together once a check has failed: shapes may be symbolic."""
 
+import platform
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,22 @@ Pair = int | Sequence[int]
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MASKS = (torch.uint8, torch.bool, *FLOATS)
 LIMIT = 2**31
+
+
+def _emulated() -> set[torch.dtype]:
+    """The half types in which oneDNN's convolutions are slower than in float32: float16 without AVX512-FP16, and
+    bfloat16 on an x86 processor that has no instructions for it, where they take three times as long."""
+    has = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    fast = platform.machine() not in ("x86_64", "AMD64") or any(asked is None or asked() for asked in has)
+    return {torch.float16} if fast else {torch.float16, torch.bfloat16}
+
+
+EMULATED = _emulated()
+
+
+def convolution_dtype(dtype: torch.dtype, cpu: bool = True) -> torch.dtype:
+    """What a convolution is computed in: float32 for what a CPU emulates, which is quicker and rounds once."""
+    return torch.float32 if cpu and dtype in EMULATED else dtype
 
 
 def error(op: str, argument: str, expected: object, got: object) -> ValueError:

@@ -23,7 +23,7 @@ _AS_IT_IS = contextlib.nullcontext()
 def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor, Tensor]:
     """The layer's output, in the dtype that x (or autocast) asks for, and its new mask."""
     _, sources, masks, _, weight, _, window, geometry, epilogue, _ = given
-    kernel, dtype, inner = plan[:3]
+    kernel, dtype, rounded, inner = plan[:4]
     statistics = epilogue.norm is not None and epilogue.norm.training
     if window is not None:
         planes = list(window.planes)
@@ -38,7 +38,7 @@ def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor,
         packed = None
     fold_from = plan.fold_from if packed is None else routes.fold_from("plain", packed.fold)
     layer = Layer(
-        [_to(_to(s, dtype), inner) for s in sources], planes, window, _to(_to(weight, dtype), inner), geometry
+        [_to(_to(s, rounded), inner) for s in sources], planes, window, _to(_to(weight, rounded), inner), geometry
     )
     with torch.autocast(weight.device.type, enabled=False) if plan.autocasts else _AS_IT_IS:
         if statistics:

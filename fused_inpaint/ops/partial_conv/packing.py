@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import convolution_dtype
 from . import routes
 
 
@@ -60,8 +61,9 @@ def pack(
     fold: bool | None = None,
 ) -> PackedWeight | None:
     """Pack a layer's weight for sources of the given (N, C, H, W); None where there is nothing to pack with."""
-    if not _available() or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+    if not _available() or weight.device.type != "cpu" or weight.dtype == torch.float64:
         return None
+    weight = weight.to(convolution_dtype(weight.dtype))
     n, _, h, w = sizes[0]
     if fold is None:
         fold = folds(sizes[0], upsample)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _backends
 from ..._library import is_eager
-from ..checks import autocast_dtype, autocasts, error, output_size
+from ..checks import autocast_dtype, autocasts, convolution_dtype, error, output_size
 from . import routes
 from .checks import check_call, check_chain, check_masks, check_window
 from .types import BatchNorm, Epilogue, Geometry, Inputs, WindowStep
@@ -20,6 +20,7 @@ class Plan(NamedTuple):
 
     kernel: str  # a name of routes.choose
     dtype: torch.dtype  # of the output: what x, or autocast, asks for
+    rounded: torch.dtype  # what x and the weight are cast to first
     inner: torch.dtype  # what the kernel reads
     fold_from: int
     packs: bool  # takes packed weights
@@ -130,12 +131,10 @@ def _decide(given: Inputs, selected: str, eager: bool) -> Plan:
         raise error(op, "x", "more than one value per channel for batch statistics", "1 (.eval() takes none)")
     kernel = routes.choose(op, call, selected)
     oneDNN = kernel == "vendor" and call.device != _backends.DEVICE["cuda"]
-    if oneDNN and inner == torch.float16:
-        # It has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
-        inner = torch.float32
+    rounded, inner = convolution_dtype(dtype, oneDNN), convolution_dtype(inner, oneDNN)
     autocast = autocast_dtype(weight.device.type) is not None
     fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold)
-    return Plan(kernel, dtype, inner, fold_from, oneDNN, autocast, call.rows, eager)
+    return Plan(kernel, dtype, rounded, inner, fold_from, oneDNN, autocast, call.rows, eager)
 
 
 def _describe(

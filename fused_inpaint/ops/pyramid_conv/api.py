@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import _backends
-from ..checks import LIMIT, autocasts, check_feature_map, error
+from ..checks import LIMIT, autocasts, check_feature_map, convolution_dtype, error
 from . import reference
 from .schema import ops
 
@@ -65,9 +65,8 @@ def pyramid_conv2d(
     _check(op, x, weight, bias, dilations, padding_mode)
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
     backend = _backends.choose(op, x.device.type, refusal=lambda name: _refusal(name, dtype, len(dilations)))
-    # oneDNN has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
-    inner = torch.float32 if backend == "cpu" and dtype == torch.float16 else dtype
-    x, weight = x.to(dtype).to(inner), weight.to(dtype).to(inner)
+    inner = convolution_dtype(dtype, backend == "cpu")
+    x, weight = x.to(inner), weight.to(inner)
     if bias is not None:
         bias = bias.to(torch.float64 if inner == torch.float64 else torch.float32).contiguous()
     arguments = (x, weight, bias, dilations, padding_mode, activation)

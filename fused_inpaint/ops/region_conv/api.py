@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from ... import _backends
-from ..checks import LIMIT, Pair, autocasts, check_feature_map, check_mask_type, error, output_size, pair
+from ..checks import (
+    LIMIT,
+    Pair,
+    autocasts,
+    check_feature_map,
+    check_mask_type,
+    convolution_dtype,
+    error,
+    output_size,
+    pair,
+)
 from ..masks import plane_of, resized
 from . import reference
 from .schema import ops
@@ -88,9 +98,8 @@ def region_conv2d(
     backend = _backends.choose(op, maps[0].device.type, refusal=lambda name: _refusal(name, dtype, taps))
     size = out if select == "output" else tuple(maps[0].shape[2:])
     plane = resized(plane_of(op, mask), size).contiguous()
-    # oneDNN has no fast float16 convolution without AVX512-FP16; float32 is quicker and rounds once.
-    inner = torch.float32 if backend == "cpu" and dtype == torch.float16 else dtype
-    maps, weight = [m.to(dtype).to(inner) for m in maps], weight.to(dtype).to(inner)
+    inner = convolution_dtype(dtype, backend == "cpu")
+    maps, weight = [m.to(inner) for m in maps], weight.to(inner)
     if bias is not None:
         bias = bias.to(torch.float64 if inner == torch.float64 else torch.float32).contiguous()
     arguments = (
