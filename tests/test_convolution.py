@@ -2,7 +2,9 @@
 """Convolutions over few pixels, which the CPU computes itself (csrc/common/convolution_cpu.h): forward as an implicit
 GEMM, backward by products of matrices. And the types that it computes them in."""
 
-from collections.abc import Iterator
+import copy
+import platform
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from fused_inpaint import PartialConv2d, PyramidConv2d, RegionConv2d, _backends, ops, prepack, use_backend
 from fused_inpaint.ops import checks
-from fused_inpaint.ops.partial_conv import plan
+from fused_inpaint.ops.partial_conv import packing, plan
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "one_thread"),
@@ -20,6 +22,8 @@ pytestmark = [
 avx512 = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this processor has no implicit GEMM, without AVX-512"
 )
+
+packs = pytest.mark.skipif(not packing._available(), reason="this torch cannot pack weights")
 
 # kernel, stride, padding, dilation, map
 GEOMETRIES = [
@@ -83,16 +87,52 @@ def test_few_pixels_are_no_other_bits_for_another_number_of_threads() -> None:
 
 
 @avx512
+@packs
 @pytest.mark.parametrize("side, plain", [(4, True), (5, False)], ids=["16-pixels", "25-pixels"])
 def test_packed_weights_are_for_more_pixels(side: int, plain: bool) -> None:
     layer = prepack(PartialConv2d(CHANNELS, OUTPUTS, 3, padding=1).eval())
     x, mask = torch.randn(1, CHANNELS, side, side), torch.ones(1, 1, side, side)
-    with torch.inference_mode():
+    with torch.no_grad():
         names = called(layer, x, mask)
         assert ("mkldnn::_convolution_pointwise" in names) != plain and "aten::convolution" not in names
         with use_backend("reference"):
-            expected = layer.double()(x.double(), mask.double())
-        assert_close(layer.float()(x, mask), expected, 1e-5)
+            expected = copy.deepcopy(layer).double()(x.double(), mask.double())
+        assert_close(layer(x, mask), expected, 1e-5)
+
+
+WEIGHT = torch.zeros(128, 512, 3, 3).contiguous(memory_format=torch.channels_last)
+HOSTILE: dict[str, Callable[[], object]] = {
+    "a weight of another dtype": lambda: raw(WEIGHT.bfloat16(), [1, 1], [1, 1], [1, 1], 4),
+    "a wider weight": lambda: raw(WEIGHT.double(), [1, 1], [1, 1], [1, 1], 4),
+    "a window that does not fit": lambda: raw(WEIGHT, [2, 2], [0, 0], [1, 1], 1, side=2),
+    "a gradient of another size": lambda: raw_backward([7, 7]),
+}
+
+
+def raw(weight: Tensor, stride: list, padding: list, dilation: list, out: int, side: int = 4) -> Tensor:  # type: ignore[type-arg]
+    x, mask = torch.zeros(1, 512, side, side), torch.ones(1, 1, side, side, dtype=torch.uint8)
+    counts = torch.ones(1, 1, out, out, dtype=torch.int32)
+    geometry = ([1], stride, padding, dilation, 1, [0])
+    y: Tensor = torch.ops.fused_inpaint.partial_conv2d(
+        [x], [mask], counts, weight, None, None, *geometry, "none", 0.0, 0, None
+    )
+    return y
+
+
+def raw_backward(stride: list) -> object:  # type: ignore[type-arg]
+    x, mask = torch.zeros(1, 512, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.uint8)
+    y, counts = torch.zeros(1, 128, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.int32)
+    geometry = ([1], stride, [1, 1], [1, 1], 1, [0])
+    return torch.ops.fused_inpaint.partial_conv2d_backward(
+        y, y, [x], [mask], counts, WEIGHT, None, *geometry, "none", 0.0, 0, True, True, False
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_few_pixels_are_refused_as_others_are(name: str) -> None:
+    """Operators may be called with anything; what does not fit is the vendor's to refuse."""
+    with pytest.raises(RuntimeError):
+        HOSTILE[name]()
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
@@ -121,6 +161,21 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
         assert torch.equal(one, two) and torch.equal(one, three)
 
 
+def test_what_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(machine: str, bf16: bool | None, amx: bool | None) -> bool:
+        """Whether bfloat16 is; None: torch cannot say."""
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        for name, has in (("_is_avx512_bf16_supported", bf16), ("_is_amx_tile_supported", amx)):
+            monkeypatch.setattr(torch.cpu, name, None if has is None else lambda has=has: has, raising=False)
+        emulated = checks._emulated()
+        assert torch.float16 in emulated and not {torch.float32, torch.float64} & emulated
+        return torch.bfloat16 in emulated
+
+    assert found("x86_64", False, False) and found("AMD64", False, False)
+    assert not found("x86_64", True, False) and not found("x86_64", False, True)
+    assert not found("x86_64", None, False) and not found("aarch64", False, False)
+
+
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A processor that has no instructions for the half types."""
@@ -134,7 +189,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 
 
 @HALVES
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=packs)], ids=["plain", "packed"])
 def test_an_emulated_type_is_float32_rounded_once(dtype: torch.dtype, packed: bool, emulated: None) -> None:
     layer = PartialConv2d(24, 16, 3, padding=1).to(dtype).eval()
     x, mask = torch.randn(2, 24, 9, 9, dtype=dtype), (torch.rand(2, 1, 9, 9) > 0.3).to(dtype)
@@ -155,8 +210,9 @@ def test_autocast_to_an_emulated_type_rounds_no_input(dtype: torch.dtype, emulat
     with torch.autocast("cpu", dtype):
         y = layer(x, mask)
     assert y.dtype == dtype and torch.equal(y, layer(x, mask).to(dtype))
-    y.sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+    (found,) = torch.autograd.grad(y.sum(), layer.weight)
+    (expected,) = torch.autograd.grad(layer(x, mask).sum(), layer.weight)
+    assert_close(found, expected, 1e-6)
 
 
 @HALVES
@@ -172,10 +228,15 @@ def test_so_are_the_other_convolutions(name: str, dtype: torch.dtype, emulated: 
     else:
         layer = RegionConv2d(8, 8, 3, padding=1, select="output")
     layer, given = layer.to(dtype), tuple(t.to(dtype) for t in given)
-    with torch.no_grad():
-        y = layer(*given)
-        assert y.dtype == dtype
-        assert torch.equal(y, layer.float()(*(t.float() for t in given)).to(dtype))
+    y, wide = layer(*given), copy.deepcopy(layer).float()
+    expected = wide(*(t.float() for t in given))
+    assert y.dtype == dtype and torch.equal(y, expected.to(dtype))
+    for found, grad in zip(
+        torch.autograd.grad(y.sum(), list(layer.parameters())),
+        torch.autograd.grad(expected.sum(), list(wide.parameters())),
+        strict=True,
+    ):
+        assert_close(found, grad, torch.finfo(dtype).eps)
 
 
 def test_float64_and_float32_stay() -> None:

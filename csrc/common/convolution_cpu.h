@@ -14,25 +14,30 @@ namespace {
 // whose weight is in the vendor's layout already.
 constexpr int64_t kFewPixels = 64, kFewPixelsPacked = 16;
 
-// A geometry that Taps can be asked about.
-inline bool is_plain(const ConvGeometry& g) {
+// None where the vendor has to refuse the geometry, or to split it into groups.
+inline std::optional<Taps> taps_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   auto within = [](const Ints& pair, int64_t least) {
-    return pair.size() == 2 && pair[0] >= least && pair[1] >= least;
+    auto fits = [&](int64_t i) { return i >= least && i < int64_t{1} << 30; };
+    return pair.size() == 2 && fits(pair[0]) && fits(pair[1]);
   };
-  return g.groups == 1 && within(g.stride, 1) && within(g.padding, 0) && within(g.dilation, 1);
+  if (g.groups != 1 || !within(g.stride, 1) || !within(g.padding, 0) || !within(g.dilation, 1)) return std::nullopt;
+  int64_t out[2];
+  for (int d = 0; d < 2; ++d) {
+    const int64_t size = x.size(2 + d), kernel = weight.size(2 + d);
+    if (size + 2 * g.padding[d] <= g.dilation[d] * (kernel - 1)) return std::nullopt;
+    out[d] = window_output(size, kernel, g.stride[d], g.padding[d], g.dilation[d]);
+  }
+  return Taps{x, weight, g, out[0], out[1]};
 }
 
 // The taps of a convolution that should be an implicit_gemm, if it is one, of at most so many pixels.
 inline std::optional<Taps> few_pixels(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t pixels) {
-  if (!has_implicit_gemm() || !is_plain(g) || x.scalar_type() != ScalarType::Float || x.size(1) % kLanes ||
-      weight.size(0) % kFilters || weight.numel() < int64_t{1} << 19 || !is_channels_last(x) ||
+  if (!has_implicit_gemm() || x.scalar_type() != ScalarType::Float || weight.scalar_type() != ScalarType::Float ||
+      x.size(1) % kLanes || weight.size(0) % kFilters || weight.numel() < int64_t{1} << 19 || !is_channels_last(x) ||
       !is_channels_last(weight))
     return std::nullopt;
-  auto side = [&](int d) {
-    return window_output(x.size(2 + d), weight.size(2 + d), g.stride[d], g.padding[d], g.dilation[d]);
-  };
-  const Taps taps{x, weight, g, side(0), side(1)};
-  return taps.h > 0 && taps.w > 0 && taps.rows <= pixels ? std::optional(taps) : std::nullopt;
+  const auto taps = taps_of(x, weight, g);
+  return taps && taps->rows <= pixels ? taps : std::nullopt;
 }
 
 // As aten_convolution.
@@ -44,13 +49,6 @@ inline Tensor convolution(const Tensor& x, const Tensor& weight, const ConvGeome
 // Whether that is quicker than the vendor's with a packed weight.
 inline bool suits_plain_weight(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   return few_pixels(x, weight, g, kFewPixelsPacked).has_value();
-}
-
-// Whether a gradient, from that of so many pixels of the output at most, should be products of matrices.
-inline bool suits_products(const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g,
-                           int64_t pixels) {
-  return is_plain(g) && x.scalar_type() == wide(x.scalar_type()) &&
-         grad.size(0) * grad.size(2) * grad.size(3) <= pixels && weight.size(0) * weight.size(1) >= int64_t{1} << 14;
 }
 
 // (O, C, kh, kw), channels last: for each tap the product of grad (pixels, O), transposed, and of what the tap reads,
@@ -108,20 +106,22 @@ Tensor source_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight
   return out;
 }
 
-// As aten_convolution_backward.
+// As aten_convolution_backward. Over few pixels a gradient is products of matrices.
 inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> convolution_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool need_x, bool need_weight) {
-  const bool x_here = need_x && is_channels_last(weight) && suits_products(grad, x, weight, g, 128);
-  const bool weight_here = need_weight && suits_products(grad, x, weight, g, 512);
+  const auto taps = taps_of(x, weight, g);
+  const bool suits = taps && taps->h == grad.size(2) && taps->w == grad.size(3) &&
+                     x.scalar_type() == wide(x.scalar_type()) && weight.size(0) * weight.size(1) >= int64_t{1} << 14;
+  const bool x_here = suits && need_x && taps->rows <= 128 && is_channels_last(weight);
+  const bool weight_here = suits && need_weight && taps->rows <= 512;
   if (!x_here && !weight_here) return aten_convolution_backward(grad, x, weight, g, need_x, need_weight);
   std::tuple<std::optional<Tensor>, std::optional<Tensor>> out;
   if (need_x > x_here || need_weight > weight_here)
     out = aten_convolution_backward(grad, x, weight, g, need_x > x_here, need_weight > weight_here);
   const Tensor dy = channels_last(grad), read = channels_last(x);
-  const Taps taps{read, weight, g, grad.size(2), grad.size(3)};
   auto products = [&]<typename T>() {
-    if (x_here) std::get<0>(out) = source_gradient<T>(dy, read, weight, taps);
-    if (weight_here) std::get<1>(out) = weight_gradient<T>(dy, read, weight, taps);
+    if (x_here) std::get<0>(out) = source_gradient<T>(dy, read, weight, *taps);
+    if (weight_here) std::get<1>(out) = weight_gradient<T>(dy, read, weight, *taps);
   };
   if (x.scalar_type() == ScalarType::Double)
     products.template operator()<double>();

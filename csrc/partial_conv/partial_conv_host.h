@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial convolution on either device: zeroed sources, the vendor's convolution, one pass over the output. Included
 // once for each device, after FUSED_INPAINT_DEVICE names the namespace of its passes. Defined there before:
-// kMatrixUnits, whether the vendor's convolution wants channels by eights; convolution and
-// convolution_backward; and suits_plain_weight, whether a convolution is quicker by the weight as it is than packed.
+// kMatrixUnits, whether the vendor's convolution wants channels by eights; convolution and convolution_backward; and
+// suits_plain_weight, whether a convolution is quicker by the weight as it is than by a packed one.
 #pragma once
 
 #include <array>

@@ -14,10 +14,11 @@ LIMIT = 2**31
 
 
 def _emulated() -> set[torch.dtype]:
-    """The half types in which oneDNN's convolutions are slower than in float32: float16 without AVX512-FP16, and
-    bfloat16 on an x86 processor that has no instructions for it, where they take three times as long."""
-    has = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    fast = platform.machine() not in ("x86_64", "AMD64") or any(asked is None or asked() for asked in has)
+    """The half types in which convolutions on this CPU are computed in float32: float16, and bfloat16 on an x86
+    processor that has no instructions for it, where oneDNN takes three times as long as in float32. Where torch cannot
+    say, bfloat16 stays."""
+    asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    fast = platform.machine() not in ("x86_64", "AMD64") or any(ask is None or ask() for ask in asked)
     return {torch.float16} if fast else {torch.float16, torch.bfloat16}
 
 
