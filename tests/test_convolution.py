@@ -52,8 +52,15 @@ def convolve(geometry: tuple, x: Tensor, weight: Tensor, mask: Tensor, backend: 
         return ops.partial_conv2d(x, mask, weight, stride=stride, padding=padding, dilation=dilation)[0]
 
 
-def gradients(geometry: tuple, dtype: torch.dtype, backend: str, batch: int = 2) -> list[Tensor]:
+def gradients(
+    geometry: tuple,
+    dtype: torch.dtype,
+    backend: str,
+    batch: int = 2,
+    layout: torch.memory_format = torch.channels_last,
+) -> list[Tensor]:
     x, weight, mask = inputs(geometry, dtype, batch, 120, 140)
+    weight = weight.contiguous(memory_format=layout)
     y = convolve(geometry, x.requires_grad_(), weight.requires_grad_(), mask, backend)
     return list(torch.autograd.grad(y, (x, weight), torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)))
 
@@ -74,6 +81,9 @@ def test_few_pixels(geometry: tuple, batch: int) -> None:
     assert_close(convolve(geometry, x, weight, mask, "cpu"), expected, 1e-5)
     vendors = "aten::convolution" in called(convolve, geometry, x, weight, mask, "cpu")
     assert vendors == (expected.numel() // OUTPUTS > 64)
+    other = weight.contiguous()
+    assert "aten::convolution" in called(convolve, geometry, x, other, mask, "cpu")
+    assert_close(convolve(geometry, x, other, mask, "cpu"), expected, 1e-5)
 
 
 @avx512
@@ -101,45 +111,48 @@ def test_packed_weights_are_for_more_pixels(side: int, plain: bool) -> None:
 
 
 WEIGHT = torch.zeros(128, 512, 3, 3).contiguous(memory_format=torch.channels_last)
-HOSTILE: dict[str, Callable[[], object]] = {
-    "a weight of another dtype": lambda: raw(WEIGHT.bfloat16(), [1, 1], [1, 1], [1, 1], 4),
-    "a wider weight": lambda: raw(WEIGHT.double(), [1, 1], [1, 1], [1, 1], 4),
-    "a window that does not fit": lambda: raw(WEIGHT, [2, 2], [0, 0], [1, 1], 1, side=2),
-    "a gradient of another size": lambda: raw_backward([7, 7]),
-}
 
 
-def raw(weight: Tensor, stride: list, padding: list, dilation: list, out: int, side: int = 4) -> Tensor:  # type: ignore[type-arg]
+def raw(weight: Tensor, stride: int = 1, padding: int = 1, side: int = 4, out: int = 4) -> object:
+    """The operator itself."""
     x, mask = torch.zeros(1, 512, side, side), torch.ones(1, 1, side, side, dtype=torch.uint8)
-    counts = torch.ones(1, 1, out, out, dtype=torch.int32)
-    geometry = ([1], stride, padding, dilation, 1, [0])
-    y: Tensor = torch.ops.fused_inpaint.partial_conv2d(
+    counts, geometry = torch.ones(1, 1, out, out, dtype=torch.int32), ([1], [stride] * 2, [padding] * 2, [1, 1], 1, [0])
+    return torch.ops.fused_inpaint.partial_conv2d(
         [x], [mask], counts, weight, None, None, *geometry, "none", 0.0, 0, None
     )
-    return y
 
 
-def raw_backward(stride: list) -> object:  # type: ignore[type-arg]
-    x, mask = torch.zeros(1, 512, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.uint8)
-    y, counts = torch.zeros(1, 128, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.int32)
-    geometry = ([1], stride, [1, 1], [1, 1], 1, [0])
+def raw_backward(stride: int) -> object:
+    x, mask = torch.zeros(1, 512, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+    y, counts = torch.zeros(1, 128, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.int32)
+    geometry = ([1], [stride] * 2, [1, 1], [1, 1], 1, [0], "none", 0.0, 0)
     return torch.ops.fused_inpaint.partial_conv2d_backward(
-        y, y, [x], [mask], counts, WEIGHT, None, *geometry, "none", 0.0, 0, True, True, False
+        y, y, [x], [mask], counts, WEIGHT, None, *geometry, True, True, False
     )
+
+
+HOSTILE: dict[str, Callable[[], object]] = {
+    "a weight of another dtype": lambda: raw(WEIGHT.bfloat16()),
+    "a wider weight": lambda: raw(WEIGHT.double()),
+    "a window that does not fit": lambda: raw(WEIGHT, stride=2, padding=0, side=2, out=1),
+    "a gradient of another size": lambda: raw_backward(7),
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_few_pixels_are_refused_as_others_are(name: str) -> None:
     """Operators may be called with anything; what does not fit is the vendor's to refuse."""
+    raw(WEIGHT), raw_backward(1)  # which fit
     with pytest.raises(RuntimeError):
         HOSTILE[name]()
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: f"{geometry[0]}-{geometry[1]}")
-def test_gradients(geometry: tuple, batch: int, dtype: torch.dtype, rtol: float) -> None:
-    actual = gradients(geometry, dtype, "cpu", batch)
+def test_gradients(geometry: tuple, layout: torch.memory_format, batch: int, dtype: torch.dtype, rtol: float) -> None:
+    actual = gradients(geometry, dtype, "cpu", batch, layout)
     for found, expected in zip(actual, gradients(geometry, torch.float64, "reference", batch), strict=True):
         assert_close(found, expected, rtol)
 
@@ -196,7 +209,7 @@ def test_an_emulated_type_is_float32_rounded_once(dtype: torch.dtype, packed: bo
     wide = PartialConv2d(24, 16, 3, padding=1).eval()
     wide.load_state_dict(layer.state_dict())
     if packed:
-        prepack(layer), prepack(wide)
+        prepack(torch.nn.ModuleList([layer, wide]))
     with torch.no_grad():
         names = called(layer, x, mask)
         assert ("mkldnn::_convolution_pointwise" in names) == packed
@@ -243,3 +256,16 @@ def test_float64_and_float32_stay() -> None:
     assert [checks.convolution_dtype(t) for t in (torch.float32, torch.float64)] == [torch.float32, torch.float64]
     assert checks.convolution_dtype(torch.float16) == torch.float32
     assert checks.convolution_dtype(torch.float16, cpu=False) == torch.float16
+
+
+@packs
+def test_a_packed_weight_in_a_call_with_gradients(emulated: None) -> None:
+    weight = torch.randn(16, 24, 3, 3, dtype=torch.bfloat16).requires_grad_()
+    x = torch.randn(1, 24, 9, 9, dtype=torch.bfloat16).requires_grad_()
+    packed = packing.pack(weight, [x.shape], [1], [1, 1], [1, 1], [1, 1], 1)
+    assert packed is not None
+    found, expected = (
+        torch.autograd.grad(ops.partial_conv2d(x, None, weight, padding=1, packed=given)[0].sum(), (x, weight))
+        for given in (packed, None)
+    )
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

@@ -10,9 +10,11 @@
 namespace fused_inpaint::cpu {
 namespace {
 
-// Pixels of an output over which the implicit GEMM is the quicker: than the vendor's convolution as it is, and than one
-// whose weight is in the vendor's layout already.
-constexpr int64_t kFewPixels = 64, kFewPixelsPacked = 16;
+// Pixels of an output up to which our own is the quicker, measured from 1 to 512: the implicit GEMM than the vendor's
+// convolution as it is, and than one whose weight is in the vendor's layout already; products than its gradients.
+constexpr int64_t kFewPixels = 64, kFewPixelsPacked = 16, kFewForSource = 128, kFewForWeight = 512;
+// Smaller weights, in values, and in values of a tap, are laid out in no time.
+constexpr int64_t kLargeWeight = int64_t{1} << 19, kLargeTap = int64_t{1} << 14;
 
 // None where the vendor has to refuse the geometry, or to split it into groups.
 inline std::optional<Taps> taps_of(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
@@ -33,7 +35,7 @@ inline std::optional<Taps> taps_of(const Tensor& x, const Tensor& weight, const 
 // The taps of a convolution that should be an implicit_gemm, if it is one, of at most so many pixels.
 inline std::optional<Taps> few_pixels(const Tensor& x, const Tensor& weight, const ConvGeometry& g, int64_t pixels) {
   if (!has_implicit_gemm() || x.scalar_type() != ScalarType::Float || weight.scalar_type() != ScalarType::Float ||
-      x.size(1) % kLanes || weight.size(0) % kFilters || weight.numel() < int64_t{1} << 19 || !is_channels_last(x) ||
+      x.size(1) % kLanes || weight.size(0) % kFilters || weight.numel() < kLargeWeight || !is_channels_last(x) ||
       !is_channels_last(weight))
     return std::nullopt;
   const auto taps = taps_of(x, weight, g);
@@ -111,9 +113,9 @@ inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> convolution_back
     const Tensor& grad, const Tensor& x, const Tensor& weight, const ConvGeometry& g, bool need_x, bool need_weight) {
   const auto taps = taps_of(x, weight, g);
   const bool suits = taps && taps->h == grad.size(2) && taps->w == grad.size(3) &&
-                     x.scalar_type() == wide(x.scalar_type()) && weight.size(0) * weight.size(1) >= int64_t{1} << 14;
-  const bool x_here = suits && need_x && taps->rows <= 128 && is_channels_last(weight);
-  const bool weight_here = suits && need_weight && taps->rows <= 512;
+                     x.scalar_type() == wide(x.scalar_type()) && weight.size(0) * weight.size(1) >= kLargeTap;
+  const bool x_here = suits && need_x && taps->rows <= kFewForSource && is_channels_last(weight);
+  const bool weight_here = suits && need_weight && taps->rows <= kFewForWeight;
   if (!x_here && !weight_here) return aten_convolution_backward(grad, x, weight, g, need_x, need_weight);
   std::tuple<std::optional<Tensor>, std::optional<Tensor>> out;
   if (need_x > x_here || need_weight > weight_here)

@@ -89,13 +89,9 @@ __attribute__((target("avx512f"))) void multiply_filters(const ImplicitGemm& g, 
     for (int64_t at = 0; at < g.channels; at += kDepth) {
       const int64_t n = std::min(kDepth, g.channels - at);
       const float* block = filters + tap * g.channels + at;
-      for (int64_t p = 0; p < g.pixels; p += kPixels) {
-        // What comes next is on its way from memory while this is multiplied, a part with each group of pixels.
-        for (int64_t k = n + p * n / g.pixels; k < n + (p + kPixels) * n / g.pixels; k += kLanes)
-          for (int f = 0; f < kFilters; ++f) __builtin_prefetch(block + f * g.pitch() + k, 0, 2);
+      for (int64_t p = 0; p < g.pixels; p += kPixels)
         multiply_pixels(g.read.data() + tap * g.pixels + p, at, block, g.pitch(), n, tap == 0 && at == 0,
                         sums + p * kFilters * kLanes);
-      }
     }
   for (int64_t i = 0; i < rows * kFilters; ++i) {
     float* sum = sums + i * kLanes;

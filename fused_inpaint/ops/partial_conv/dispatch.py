@@ -37,7 +37,7 @@ def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor,
     if packed is not None and (not plan.packs or inner != packed.weights[0].dtype):
         packed = None
     fold_from = plan.fold_from if packed is None else routes.fold_from("plain", packed.fold)
-    if packed is None:  # else the weight itself is but looked at
+    if packed is None or torch.is_grad_enabled():  # else the weight itself is but looked at
         weight = _to(_to(weight, rounded), inner)
     layer = Layer([_to(_to(s, rounded), inner) for s in sources], planes, window, weight, geometry)
     with torch.autocast(weight.device.type, enabled=False) if plan.autocasts else _AS_IT_IS:
