@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators that need no other around them: partial_conv2d_direct, a whole thin layer in one launch, and
-partial_window_chain, the masks of a whole network. Called as operators, against the reference."""
+"""The operators that need no other around them: partial_conv2d_direct, a whole thin layer in one launch,
+partial_conv2d_masked, any layer from its masks on, and partial_window_chain, the masks of a whole network. Called as
+operators, against the reference."""
 
 from typing import Any
 
@@ -222,6 +223,56 @@ def test_direct_refuses(sentence: str, device: str) -> None:
         )
     first = str(refusal.value).splitlines()[0]
     assert sentence in first and "partial_conv2d" in first
+
+
+def run_masked(x: list[Tensor], masks: list[Tensor], weight: Tensor, upsample: list[int], stride: int) -> Any:
+    """(y, planes, counts, new mask) of a layer padded by 1."""
+    geometry = (upsample, [stride] * 2, [1, 1], [1, 1], 1, [0] * len(x))
+    return ops.partial_conv2d_masked(x, masks, weight, None, None, *geometry, "none", 0.0, 4096, None)
+
+
+@everywhere
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [2, 3, 5, 7])
+@pytest.mark.parametrize("kind", MASK_TYPES, ids=str)
+def test_masked_mask_types(kind: torch.dtype, kernel: int, stride: int, batch: int, device: str) -> None:
+    """The new mask in the type of the first, whatever that of the second, and -0.0 a hole."""
+    x = [torch.rand(batch, c, 12, 40, device=device) for c in (3, 5)]
+    weight = torch.rand(4, 8, kernel, kernel, device=device)
+    valid = [(torch.rand(b, c, 12, 40) < 0.1).double() for b, c in ((batch, 1), (1, 5))]
+    masks = [torch.where(v > 0, v, -0.0).to(k).to(device) for v, k in zip(valid, (kind, torch.bfloat16), strict=True)]
+    y, planes, counts, mask = run_masked(x, masks, weight, [1, 1], stride)
+    expected = [v.to(torch.uint8) for v in valid]
+    window = reference.partial_window(expected, [3, 5], [1, 1], [kernel] * 2, [stride] * 2, [1, 1], [1, 1])
+    assert all(p.dtype == torch.uint8 and torch.equal(p.cpu(), e) for p, e in zip(planes, expected, strict=True))
+    assert torch.equal(counts.cpu(), window[0]) and torch.equal(mask.cpu(), window[1].to(kind)) and mask.dtype == kind
+    wide = [t.cpu().double() for t in (*x, weight)]
+    geometry = ([1, 1], [stride] * 2, [1, 1], [1, 1], 1, [0, 0], "none", 0.0)
+    right = reference.partial_conv2d(wide[:2], expected, window[0], wide[2], None, None, *geometry)
+    assert_close(y, right, 1e-5)
+
+
+@everywhere
+def test_masked_layouts_and_upsampling(device: str) -> None:
+    """Masks that are slices of larger ones, one of them at half the size."""
+    valid = [(torch.rand(2, 1, h, 2 * w) < 0.3)[..., ::2] for h, w in ((4, 5), (8, 10))]
+    x = [torch.rand(2, c, *v.shape[2:], device=device) for c, v in zip((2, 1), valid, strict=True)]
+    _, planes, counts, mask = run_masked(x, [v.to(device) for v in valid], torch.rand(4, 3, 3, 3).to(device), [2, 1], 1)
+    expected = [v.to(torch.uint8) for v in valid]
+    window = reference.partial_window(expected, [2, 1], [2, 1], [3, 3], [1, 1], [1, 1], [1, 1])
+    assert all(torch.equal(p.cpu(), e) for p, e in zip(planes, expected, strict=True))
+    assert torch.equal(counts.cpu(), window[0]) and mask.dtype == torch.bool
+    assert torch.equal(mask.cpu(), window[1].bool())
+
+
+@devices("cuda")
+def test_masked_counts_whatever_is_not_zero(device: str) -> None:
+    """A GPU's masks are not looked at for other values than 0 and 1."""
+    mask = torch.tensor([0, 1, 2, 255], dtype=torch.uint8, device=device).view(1, 1, 1, 4)
+    _, planes, counts, new = run_masked([torch.ones(1, 1, 1, 4).to(device)], [mask], torch.ones(1, 1, 3, 3), [1], 1)
+    assert planes[0].flatten().tolist() == [0, 1, 1, 1] and counts.flatten().tolist() == [1, 2, 3, 2]
+    assert new.flatten().tolist() == [1, 1, 1, 1]
 
 
 def step(inputs: list[int], kernel: int, stride: int = 1, channels: int = 4, up: tuple[int, ...] = ()) -> WindowStep:

@@ -78,6 +78,30 @@ struct PixelBlocks {
   }
 };
 
+// An element of a mask as bits.
+struct MaskType {
+  int bytes;
+  uint64_t one;
+};
+
+inline MaskType mask_type(const char* op, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+      return {1, 1};
+    case ScalarType::Half:
+      return {2, 0x3c00};
+    case ScalarType::BFloat16:
+      return {2, 0x3f80};
+    case ScalarType::Float:
+      return {4, 0x3f800000};
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Double, op, ": masks must be uint8, bool or float, got ",
+                      torch::headeronly::toString(dtype));
+      return {8, 0x3ff0000000000000};
+  }
+}
+
 // Of masks that belong together: the batch, 1 if all of them are shared, 0 if one is empty.
 inline int64_t batch_of(const std::vector<Tensor>& masks) {
   int64_t batch = 1;
@@ -107,9 +131,12 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
                          Tensor* grad_phases, int64_t shift, Tensor& grad_weight, Tensor& grad_bias);
 
 // partial_window
-Tensor mask_plane(Tensor mask, std::string name);
-std::tuple<Tensor, Tensor> partial_window(std::vector<Tensor> masks, Ints channels, Ints upsample, Ints kernel,
-                                          Ints stride, Ints padding, Ints dilation);
+struct MaskWindow {
+  std::vector<Tensor> planes;  // the masks as bytes
+  Tensor counts, valid;        // valid: in the type of the first mask
+};
+MaskWindow window_of_masks(const char* op, const std::vector<Tensor>& masks, const Ints& channels, const Ints& upsample,
+                           const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation);
 
 // partial_operands
 Tensor select_valid(const Tensor& x, const Tensor& mask);

@@ -337,7 +337,7 @@ Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Te
   return y;
 }
 
-// The same from the masks as the user gave them: also their planes, the counts and the new mask.
+// The same from the masks as the user gave them: also their planes, the counts and the new mask, in the masks' type.
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> partial_conv2d_masked(
     std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor weight, std::optional<Tensor> bias,
     std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding, Ints dilation, int64_t groups, Ints zeroed,
@@ -350,13 +350,12 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> partial_conv2d_masked(
     STD_TORCH_CHECK(sources[i].dim() == 4 && masks[i].device() == weight.device(), op,
                     ": sources must be (N, C, H, W), and masks on the weight's device");
     channels.push_back(sources[i].size(1));
-    masks[i] = mask_plane(masks[i], std::string(op) + ": mask");
   }
-  auto [count, valid] =
-      partial_window(masks, channels, upsample, {weight.size(2), weight.size(3)}, stride, padding, dilation);
-  Tensor y = partial_conv2d(sources, masks, count, weight, bias, scale, upsample, stride, padding, dilation, groups,
-                            zeroed, activation, slope, fold_from, packed_weights);
-  return {y, masks, count, valid};
+  const MaskWindow window =
+      window_of_masks(op, masks, channels, upsample, {weight.size(2), weight.size(3)}, stride, padding, dilation);
+  Tensor y = partial_conv2d(sources, window.planes, window.counts, weight, bias, scale, upsample, stride, padding,
+                            dilation, groups, zeroed, activation, slope, fold_from, packed_weights);
+  return {y, window.planes, window.counts, window.valid};
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_conv2d_backward(

@@ -4,7 +4,7 @@
 #define FUSED_INPAINT_DEVICE cuda
 #include "common/cuda_types.cuh"
 #include "common/launch.cuh"
-#include "partial_conv/partial_conv.h"
+#include "partial_conv/partial_mask.cuh"
 #include "partial_conv/partial_pixel.h"
 
 namespace fused_inpaint::cuda {
@@ -20,61 +20,6 @@ constexpr int64_t kSharedBytes = 48 << 10, kMostBlocks = 2048;
 constexpr int kResident = 5;  // blocks of a thin layer on a multiprocessor; fewer where a tile takes more shared memory
 
 using Quad = Pack<float, kQuad>;
-
-// Masks are read and written as bits, in whatever type they come.
-struct MaskType {
-  int bytes;
-  uint64_t one;
-};
-
-MaskType mask_type(const Tensor& mask) {
-  switch (mask.scalar_type()) {
-    case ScalarType::Bool:
-    case ScalarType::Byte:
-      return {1, 1};
-    case ScalarType::Half:
-      return {2, 0x3c00};
-    case ScalarType::BFloat16:
-      return {2, 0x3f80};
-    case ScalarType::Float:
-      return {4, 0x3f800000};
-    default:
-      STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Double,
-                      "partial_conv2d_direct: masks must be uint8, bool or float, got ",
-                      torch::headeronly::toString(mask.scalar_type()));
-      return {8, 0x3ff0000000000000};
-  }
-}
-
-// False for 0 and -0.
-__device__ bool holds_value(const void* mask, int bytes, unsigned i) {
-  switch (bytes) {
-    case 1:
-      return static_cast<const uint8_t*>(mask)[i] != 0;
-    case 2:
-      return (static_cast<const uint16_t*>(mask)[i] & 0x7fffu) != 0;
-    case 4:
-      return (static_cast<const uint32_t*>(mask)[i] & 0x7fffffffu) != 0;
-    default:
-      return static_cast<const uint64_t*>(mask)[i] << 1 != 0;
-  }
-}
-
-__device__ void write_bits(void* mask, int bytes, unsigned i, uint64_t bits) {
-  switch (bytes) {
-    case 1:
-      static_cast<uint8_t*>(mask)[i] = static_cast<uint8_t>(bits);
-      break;
-    case 2:
-      static_cast<uint16_t*>(mask)[i] = static_cast<uint16_t>(bits);
-      break;
-    case 4:
-      static_cast<uint32_t*>(mask)[i] = static_cast<uint32_t>(bits);
-      break;
-    default:
-      static_cast<uint64_t*>(mask)[i] = bits;
-  }
-}
 
 template <typename T>
 struct Source {
@@ -430,7 +375,7 @@ std::tuple<Tensor, Tensor, Tensor> partial_conv2d_direct(std::vector<Tensor> sou
     size[d] = sources[0].size(2 + d) * upsample[0];
     out[d] = window_output(size[d], weight.size(2 + d), stride[d], padding[d], dilation[d]);
   }
-  const MaskType kind = mask_type(masks[0]);
+  const MaskType kind = mask_type("partial_conv2d_direct", masks[0].scalar_type());
   Tensor y = empty_channels_last({batch, outputs, out[0], out[1]}, sources[0].scalar_type(), weight);
   Tensor count = empty({mask_batch, 1, out[0], out[1]}, ScalarType::Int, weight);
   Tensor mask = empty({mask_batch, 1, out[0], out[1]}, masks[0].scalar_type(), weight);
@@ -442,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor> partial_conv2d_direct(std::vector<Tensor> sou
       l.source[i] = {
           data<T>(x),
           m.const_data_ptr(),
-          mask_type(m).bytes,
+          mask_type("partial_conv2d_direct", m.scalar_type()).bytes,
           m.size(0) == 1,
           static_cast<int>(m.size(1)),
           static_cast<int>(x.size(2)),

@@ -57,16 +57,18 @@ FUSED_INPAINT_CLONES void sum_across(const int32_t* in, int32_t* __restrict out,
     for (int64_t i = 0; i < a.out; ++i) out[i] += in[i * stride + t * a.dilation];
 }
 
-// Output row i of the sum down the columns of `in`, which holds the rows from `first` on, of `width`.
-FUSED_INPAINT_CLONES void sum_down(const int32_t* in, int64_t first, int32_t* __restrict out, uint8_t* __restrict valid,
-                                   Axis a, int64_t i, int64_t width) {
+// Output row i of the sum down the columns of `in`, which holds the rows from `first` on, of `width`. U: bits of a
+// mask's element, `one` those of a 1.
+template <typename U>
+FUSED_INPAINT_CLONES void sum_down(const int32_t* in, int64_t first, int32_t* __restrict out, U* __restrict valid,
+                                   U one, Axis a, int64_t i, int64_t width) {
   std::fill(out, out + width, 0);
   for (int64_t t = 0; t < a.taps; ++t) {
     const int64_t y = i * a.stride - a.padding + t * a.dilation;
     if (y < 0 || y >= a.size) continue;
     for (int64_t x = 0; x < width; ++x) out[x] += in[(y - first) * width + x];
   }
-  for (int64_t x = 0; x < width; ++x) valid[x] = out[x] > 0;
+  for (int64_t x = 0; x < width; ++x) valid[x] = out[x] > 0 ? one : U{0};
 }
 
 // Rows of a step's masks: their valid values, added up over sources and channels, then across each window.
@@ -103,7 +105,8 @@ class RowSums {
 };
 
 // Bands of output rows, each of which sums the rows of the masks that it needs, so that they stay in the caches.
-void sum_window(WindowStep& step) {
+template <typename U>
+void sum_window(WindowStep& step, U one) {
   const std::vector<Tensor>& masks = step.masks;
   auto axis = [&](int d) {
     return Axis{masks[0].size(2 + d) * step.upsample[0],
@@ -115,7 +118,7 @@ void sum_window(WindowStep& step) {
   };
   const Axis down = axis(0), across = axis(1);
   int32_t* const counts = mutable_data<int32_t>(step.counts);
-  uint8_t* const valid = mutable_data<uint8_t>(step.valid);
+  U* const valid = mutable_data<U>(step.valid);
   const int64_t height = std::max<int64_t>(32, ceil_div(down.reach(), down.stride));
   const int64_t bands = ceil_div(down.out, height);
   const int64_t grain = ceil_div(16384, std::max<int64_t>(1, height * down.stride * across.size));
@@ -131,14 +134,29 @@ void sum_window(WindowStep& step) {
       for (int64_t y = first; y < last; ++y) sums(n, y, rows.data() + (y - first) * across.out);
       for (int64_t i = top; i < bottom; ++i) {
         const int64_t at = (n * down.out + i) * across.out;
-        sum_down(rows.data(), first, counts + at, valid + at, down, i, across.out);
+        sum_down(rows.data(), first, counts + at, valid + at, one, down, i, across.out);
       }
     }
   });
 }
 
 void sum_windows(std::vector<WindowStep>& steps) {
-  for (WindowStep& step : steps) sum_window(step);
+  for (WindowStep& step : steps) {
+    const auto [bytes, one] = mask_type("partial_window", step.valid.scalar_type());
+    switch (bytes) {
+      case 1:
+        sum_window(step, static_cast<uint8_t>(one));
+        break;
+      case 2:
+        sum_window(step, static_cast<uint16_t>(one));
+        break;
+      case 4:
+        sum_window(step, static_cast<uint32_t>(one));
+        break;
+      default:
+        sum_window(step, one);
+    }
+  }
 }
 
 }  // namespace
@@ -146,7 +164,8 @@ void sum_windows(std::vector<WindowStep>& steps) {
 Tensor mask_plane(Tensor mask, std::string name) {
   // float16 to float32 is exact, and saves the kernels a type that the CPU does not compute in.
   const bool half = mask.scalar_type() == ScalarType::Half;
-  const Tensor dense = torch::stable::contiguous(half ? torch::stable::to(mask, ScalarType::Float) : mask);
+  const Tensor wide = half ? torch::stable::to(mask, ScalarType::Float) : mask;
+  const Tensor dense = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
   Tensor plane = empty_of_size(mask, ScalarType::Byte);
   uint8_t* out = mutable_data<uint8_t>(plane);
   std::optional<double> odd;
@@ -161,6 +180,16 @@ Tensor mask_plane(Tensor mask, std::string name) {
   }
   STD_TORCH_CHECK(!odd, name, " must be 0 or 1 everywhere, got ", *odd);
   return plane;
+}
+
+MaskWindow window_of_masks(const char* op, const std::vector<Tensor>& masks, const Ints& channels, const Ints& upsample,
+                           const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation) {
+  std::vector<Tensor> planes;
+  for (const Tensor& mask : masks) planes.push_back(mask_plane(mask, std::string(op) + ": mask"));
+  std::vector<WindowStep> steps{
+      window_step(op, planes, channels, upsample, kernel, stride, padding, dilation, masks[0].scalar_type())};
+  sum_windows(steps);
+  return {planes, steps[0].counts, steps[0].valid};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, CPU, m) {

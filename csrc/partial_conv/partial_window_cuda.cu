@@ -4,6 +4,7 @@
 #define FUSED_INPAINT_DEVICE cuda
 #include "common/cuda_types.cuh"
 #include "common/launch.cuh"
+#include "partial_conv/partial_mask.cuh"
 #include "partial_conv/partial_window_host.h"
 
 namespace fused_inpaint::cuda {
@@ -21,8 +22,9 @@ __global__ void pack_bytes_kernel(const uint8_t* mask, uint8_t* plane, unsigned 
 }
 
 struct Source {
-  const uint8_t* mask;
-  int shared, planes, h, w, shift, weight;  // shift: 1 if upsampled; weight: channels that a plane stands for
+  const void* mask;
+  uint8_t* packed;                                        // where the mask goes as bytes, or null
+  int bytes, shared, batch, planes, h, w, shift, weight;  // shift: 1 if upsampled; weight: channels of a plane
 };
 
 struct Step {
@@ -30,7 +32,8 @@ struct Step {
   int sources, h, w, out_h, out_w;
   int kernel[2], stride[2], padding[2], dilation[2];
   int32_t* counts;
-  uint8_t* valid;
+  void* valid;
+  MaskType type;  // of valid
   __device__ unsigned pixels() const { return static_cast<unsigned>(out_h) * out_w; }
 };
 
@@ -41,43 +44,46 @@ struct Run {
   int steps;
 };
 
-// K: side of a square kernel without dilation, whose windows inside the map are summed without a look at each tap; 0
-// for any other.
+// A window's valid values in one source, whose elements have the bits of U. K: side of a square kernel without
+// dilation, whose windows inside the map are summed without a look at each tap; 0 for any other.
+template <int K, typename U>
+__device__ unsigned sum_source(const Step& g, const Source& m, unsigned n, int top, int left) {
+  const bool inside = K > 0 && top >= 0 && left >= 0 && top + K <= g.h && left + K <= g.w;
+  unsigned sum = 0;
+  for (int p = 0; p < m.planes; ++p) {
+    const U* plane = static_cast<const U*>(m.mask) + ((m.shared ? 0 : n) * m.planes + p) * m.h * m.w;
+    if (inside) {
+#pragma unroll
+      for (int u = 0; u < K; ++u) {
+        const U* row = plane + ((top + u) >> m.shift) * m.w;
+#pragma unroll
+        for (int v = 0; v < K; ++v) sum += holds_value(row[(left + v) >> m.shift]);
+      }
+      continue;
+    }
+    for (int u = 0; u < g.kernel[0]; ++u) {
+      const int row = top + u * g.dilation[0];
+      if (row < 0 || row >= g.h) continue;
+#pragma unroll 1
+      for (int v = 0; v < g.kernel[1]; ++v) {
+        const int column = left + v * g.dilation[1];
+        if (column >= 0 && column < g.w) sum += holds_value(plane[(row >> m.shift) * m.w + (column >> m.shift)]);
+      }
+    }
+  }
+  return sum * m.weight;
+}
+
 template <int K>
 __device__ void sum_window(const Step& g, unsigned n, unsigned pixel) {
   const int top = static_cast<int>(pixel / g.out_w) * g.stride[0] - g.padding[0];
   const int left = static_cast<int>(pixel % g.out_w) * g.stride[1] - g.padding[1];
-  const bool inside = K > 0 && top >= 0 && left >= 0 && top + K <= g.h && left + K <= g.w;
   unsigned total = 0;
-  for (int s = 0; s < g.sources; ++s) {
-    const Source& m = g.source[s];
-    unsigned sum = 0;
-    for (int p = 0; p < m.planes; ++p) {
-      const uint8_t* plane = m.mask + ((m.shared ? 0 : n) * m.planes + p) * m.h * m.w;
-      if (inside) {
-#pragma unroll
-        for (int u = 0; u < K; ++u) {
-          const uint8_t* row = plane + ((top + u) >> m.shift) * m.w;
-#pragma unroll
-          for (int v = 0; v < K; ++v) sum += row[(left + v) >> m.shift];
-        }
-        continue;
-      }
-      for (int u = 0; u < g.kernel[0]; ++u) {
-        const int row = top + u * g.dilation[0];
-        if (row < 0 || row >= g.h) continue;
-#pragma unroll 1
-        for (int v = 0; v < g.kernel[1]; ++v) {
-          const int column = left + v * g.dilation[1];
-          if (column >= 0 && column < g.w) sum += plane[(row >> m.shift) * m.w + (column >> m.shift)];
-        }
-      }
-    }
-    total += sum * m.weight;
-  }
+  for (int s = 0; s < g.sources; ++s)
+    total += with_bits(g.source[s].bytes, [&]<typename U>() { return sum_source<K, U>(g, g.source[s], n, top, left); });
   const unsigned at = n * g.pixels() + pixel;
   g.counts[at] = total;
-  g.valid[at] = total > 0;
+  write_bits(g.valid, g.type.bytes, at, total > 0 ? g.type.one : 0);
 }
 
 template <int K>
@@ -85,6 +91,13 @@ __global__ void window_kernel(const __grid_constant__ Step step, unsigned batch)
   const unsigned pixels = step.pixels();
   for (unsigned n = blockIdx.y; n < batch; n += gridDim.y)
     for (unsigned pixel = global_thread(); pixel < pixels; pixel += all_threads()) sum_window<K>(step, n, pixel);
+  for (int s = 0; s < step.sources; ++s) {
+    const Source& m = step.source[s];
+    if (!m.packed) continue;
+    const unsigned values = static_cast<unsigned>(m.batch) * m.planes * m.h * m.w;
+    for (unsigned i = blockIdx.y * all_threads() + global_thread(); i < values; i += gridDim.y * all_threads())
+      m.packed[i] = holds_value(m.mask, m.bytes, i);
+  }
 }
 
 // A map of at most so many pixels is a step for one block, a pixel for each thread: it takes less than a launch does.
@@ -107,8 +120,11 @@ Step describe(WindowStep& step) {
   Step g{};
   for (const Tensor& m : step.masks) {
     const int i = g.sources++;
-    g.source[i] = {data<uint8_t>(m),
+    g.source[i] = {m.const_data_ptr(),
+                   step.planes.empty() ? nullptr : mutable_data<uint8_t>(step.planes[i]),
+                   mask_type("partial_window", m.scalar_type()).bytes,
                    m.size(0) == 1,
+                   static_cast<int>(m.size(0)),
                    static_cast<int>(m.size(1)),
                    static_cast<int>(m.size(2)),
                    static_cast<int>(m.size(3)),
@@ -122,7 +138,8 @@ Step describe(WindowStep& step) {
   pair(g.kernel, step.kernel), pair(g.stride, step.stride), pair(g.padding, step.padding);
   pair(g.dilation, step.dilation);
   g.counts = mutable_data<int32_t>(step.counts);
-  g.valid = mutable_data<uint8_t>(step.valid);
+  g.valid = step.valid.mutable_data_ptr();
+  g.type = mask_type("partial_window", step.valid.scalar_type());
   return g;
 }
 
@@ -154,16 +171,17 @@ void sum_windows(std::vector<WindowStep>& steps) {
   };
   for (WindowStep& step : steps) {
     const unsigned batch = static_cast<unsigned>(step.counts.size(0));
-    if (batch == 0) continue;
-    const int64_t n = step.counts.numel();
-    const bool small = n / batch <= kSmall;
+    const bool packs = !step.planes.empty();
+    if (batch == 0 && !packs) continue;
+    const int64_t pixels = step.counts.size(2) * step.counts.size(3);
+    const bool small = pixels <= kSmall && !packs;
     if (!small || run.steps == kMostSteps || batch != blocks) flush();
     if (small) {
       run.step[run.steps++] = describe(step);
       blocks = batch;
     } else {
       const Step g = describe(step);
-      const dim3 grid(blocks_for(n / batch).x, std::min(batch, 65535u));
+      const dim3 grid(blocks_for(pixels).x, std::clamp(batch, 1u, 65535u));
       with_side(g, [&]<int K>() { FUSED_INPAINT_LAUNCH(window_kernel<K>, grid, dim3(kThreads), 0, stream, g, batch); });
     }
   }
@@ -187,6 +205,21 @@ Tensor mask_plane(Tensor mask, std::string) {
                            mutable_data<uint8_t>(plane), n);
     });
   return plane;
+}
+
+// The masks' values are not looked at, so they are packed in the launch that sums them.
+MaskWindow window_of_masks(const char* op, const std::vector<Tensor>& masks, const Ints& channels, const Ints& upsample,
+                           const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation) {
+  std::vector<Tensor> dense, planes;
+  for (const Tensor& mask : masks) {
+    dense.push_back(mask.is_contiguous() ? mask : torch::stable::contiguous(mask));
+    planes.push_back(empty_of_size(mask, ScalarType::Byte));
+  }
+  std::vector<WindowStep> steps{
+      window_step(op, dense, channels, upsample, kernel, stride, padding, dilation, masks[0].scalar_type())};
+  steps[0].planes = planes;
+  sum_windows(steps);
+  return {planes, steps[0].counts, steps[0].valid};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, FUSED_INPAINT_CUDA_KEY, m) {

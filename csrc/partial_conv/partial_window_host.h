@@ -13,9 +13,10 @@ constexpr int64_t kIndexLimit = int64_t{1} << 31;  // the GPU's index arithmetic
 
 // A partial convolution for its masks alone.
 struct WindowStep {
-  std::vector<Tensor> masks;  // (N or 1, 1 or C_i, H_i, W_i) uint8
+  std::vector<Tensor> masks;  // (N or 1, 1 or C_i, H_i, W_i), uint8 and 0 or 1 unless they are packed as well
   Ints channels, upsample, kernel, stride, padding, dilation;
-  Tensor counts, valid;  // (N or 1, 1, H', W') int32 and uint8
+  Tensor counts, valid;        // (N or 1, 1, H', W'), int32 and of any mask's type
+  std::vector<Tensor> planes;  // where the masks are to be packed, if they are
 };
 
 // Of each device: fills counts and valid, in the order of the steps.
@@ -26,9 +27,8 @@ void check_masks(const char* op, const std::vector<Tensor>& masks, const Ints& c
                   ": masks, channels and upsample must be of one length, at least 1");
   for (size_t i = 0; i < masks.size(); ++i) {
     const Tensor& m = masks[i];
-    STD_TORCH_CHECK(m.dim() == 4 && m.scalar_type() == ScalarType::Byte && m.is_contiguous() &&
-                        m.numel() < kIndexLimit && m.device() == masks[0].device(),
-                    op, ": masks must be contiguous uint8 (N, C, H, W) of fewer than 2^31 elements on one device");
+    STD_TORCH_CHECK(m.dim() == 4 && m.is_contiguous() && m.numel() < kIndexLimit && m.device() == masks[0].device(), op,
+                    ": masks must be contiguous (N, C, H, W) of fewer than 2^31 elements on one device");
     STD_TORCH_CHECK((upsample[i] == 1 || upsample[i] == 2) && (m.size(0) == 1 || m.size(0) == batch_of(masks)) &&
                         m.size(2) * upsample[i] == masks[0].size(2) * upsample[0] &&
                         m.size(3) * upsample[i] == masks[0].size(3) * upsample[0],
@@ -38,9 +38,15 @@ void check_masks(const char* op, const std::vector<Tensor>& masks, const Ints& c
   }
 }
 
+void check_planes(const char* op, const std::vector<Tensor>& masks) {
+  for (const Tensor& m : masks)
+    STD_TORCH_CHECK(m.scalar_type() == ScalarType::Byte && m.is_contiguous(), op, ": masks must be contiguous uint8");
+}
+
 // A step that is safe to run, its results allocated.
 WindowStep window_step(const char* op, const std::vector<Tensor>& masks, const Ints& channels, const Ints& upsample,
-                       const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation) {
+                       const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
+                       ScalarType valid) {
   check_masks(op, masks, channels, upsample);
   auto within = [&](const Ints& pair, int64_t least) {
     return pair.size() == 2 && pair[0] >= least && pair[0] < kIndexLimit && pair[1] >= least && pair[1] < kIndexLimit;
@@ -65,15 +71,18 @@ WindowStep window_step(const char* op, const std::vector<Tensor>& masks, const I
           padding,
           dilation,
           empty({batch, 1, size[0], size[1]}, ScalarType::Int, masks[0]),
-          empty({batch, 1, size[0], size[1]}, ScalarType::Byte, masks[0])};
+          empty({batch, 1, size[0], size[1]}, valid, masks[0]),
+          {}};
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> partial_window(std::vector<Tensor> masks, Ints channels, Ints upsample, Ints kernel,
                                           Ints stride, Ints padding, Ints dilation) {
+  const char* op = "partial_window";
+  check_planes(op, masks);
   std::vector<WindowStep> steps{
-      window_step("partial_window", masks, channels, upsample, kernel, stride, padding, dilation)};
+      window_step(op, masks, channels, upsample, kernel, stride, padding, dilation, ScalarType::Byte)};
   sum_windows(steps);
   return {steps[0].counts, steps[0].valid};
 }
@@ -82,6 +91,7 @@ std::tuple<Tensor, Tensor> partial_window(std::vector<Tensor> masks, Ints channe
 // padding and dilation, two numbers each. Masks are numbered through: those given, then the new one of each step.
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> partial_window_chain(std::vector<Tensor> masks, Ints steps) {
   const char* op = "partial_window_chain";
+  check_planes(op, masks);
   std::vector<WindowStep> chain;
   size_t at = 0;
   auto next = [&] {
@@ -103,7 +113,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> partial_window_chain(std::v
       upsample.push_back(next());
     }
     const Ints kernel = next_pair(), stride = next_pair(), padding = next_pair(), dilation = next_pair();
-    chain.push_back(window_step(op, inputs, channels, upsample, kernel, stride, padding, dilation));
+    chain.push_back(window_step(op, inputs, channels, upsample, kernel, stride, padding, dilation, ScalarType::Byte));
     masks.push_back(chain.back().valid);
   }
   sum_windows(chain);

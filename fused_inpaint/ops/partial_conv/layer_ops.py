@@ -2,8 +2,8 @@
 """Schemas, output shapes and derivatives of the operators that do a whole layer, masks included.
 
 partial_conv2d_masked is partial_conv2d after the masks' own operators, entered once instead of three times. The others
-do a layer on the GPU in one launch (kernels: csrc/partial_conv/partial_direct_cuda.cu for thin layers, triton_impl.py);
-there the new mask goes back in the dtype in which the masks came, so nothing else is launched.
+do a layer on the GPU in one launch (kernels: csrc/partial_conv/partial_direct_cuda.cu for thin layers, triton_impl.py).
+In all of them the new mask goes back in the dtype in which the masks came, so nothing else is launched.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def _shapes(sources, masks, weight, upsample, stride, padding, dilation):  # typ
 
 def _masked_fake(sources, masks, weight, bias, scale, upsample, stride, padding, dilation, *_):  # type: ignore[no-untyped-def]
     planes = [torch.empty(m.shape, dtype=torch.uint8, device=m.device) for m in masks]
-    y, count, mask = _shapes(sources, planes, weight, upsample, stride, padding, dilation)
+    y, count, mask = _shapes(sources, masks, weight, upsample, stride, padding, dilation)
     return y, planes, count, mask
 
 
