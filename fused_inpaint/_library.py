@@ -15,7 +15,7 @@ _registered = torch.ops.fused_inpaint
 
 class _Operators:
     """The operators by name, as `torch.ops.fused_inpaint` has them; those with a derivative go a shorter way in eager
-    mode (see `_shortcut`)."""
+    mode (see `_Derivative`)."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_registered, name)
@@ -36,125 +36,120 @@ def define(
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(full, fake, lib=library)
     operator = getattr(_registered, name).default
-    eager = operator
+    derivative = None
     if backward is not None:
         assert setup_context is not None
         torch.library.register_autograd(full, backward, setup_context=setup_context, lib=library)
-        eager = _shortcut(operator, backward, setup_context)
-    setattr(ops, name, _outside_of_transforms(name, operator, eager))
+        derivative = _Derivative(operator, backward, setup_context)
+    setattr(ops, name, _outside_of_transforms(name, operator, derivative))
 
 
-# What torch itself enters an operator's derivative with; without them, the registered way is the only one.
-_HAS_SHORTCUT = all(
-    hasattr(torch._C, name)
-    for name in (
-        "_AutoDispatchBelowAutograd",
-        "_any_requires_grad",
-        "_are_functorch_transforms_active",
-        "_is_tracing",
-        "_len_torch_dispatch_stack",
-    )
-)
+# What torch itself enters an operator's derivative with; without them, the registered way is the only one. Looked up
+# once: a call of a small layer takes no longer than a few dozen of such steps.
+_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+_any_requires_grad: Any = getattr(torch._C, "_any_requires_grad", None)
+_transforms_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+_is_tracing: Any = getattr(torch._C, "_is_tracing", None)
+_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_HAS_SHORTCUT = None not in (_below_autograd, _any_requires_grad, _transforms_active, _is_tracing, _modes)
 
 
 def is_eager() -> bool:
     """Whether a call is what it seems: nothing compiles, traces, transforms or fakes it."""
-    return _HAS_SHORTCUT and not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    )
+    return _HAS_SHORTCUT and not (torch.compiler.is_compiling() or _modes() or _transforms_active() or _is_tracing())
 
 
 # The types of arguments that autograd sees.
 _OF_TENSORS = ("Tensor", "Optional[Tensor]", "List[Tensor]")
 
 
-def _shortcut(operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
-    """The operator with the same derivative, entered without the dispatcher, for eager calls (`is_eager`).
+class _Derivative:
+    """An operator with the same derivative, entered without the dispatcher, for eager calls (`is_eager`).
 
     `register_autograd` walks through the arguments' structure in Python several times a call, hundreds of microseconds
     where there are lists of tensors: more than the kernels take.
     """
-    kinds = [str(argument.type) for argument in operator._schema.arguments]
-    # Where tensors are, and whether as a list.
-    slots = [(i, kind == "List[Tensor]") for i, kind in enumerate(kinds) if kind in _OF_TENSORS]
-    below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)  # None: `is_eager` never says so
 
-    def forward(ctx: Any, arguments: tuple[Any, ...], *_: Any) -> Any:
-        with below_autograd():
-            output = operator(*arguments)
-        setup_context(ctx=ctx, inputs=arguments, output=output)
-        ctx.lengths = [len(arguments[i]) for i, is_list in slots if is_list]
-        return output
+    def __init__(self, operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        kinds = [str(argument.type) for argument in operator._schema.arguments]
+        # Where tensors are, and whether as a list.
+        self._slots = slots = [(i, kind == "List[Tensor]") for i, kind in enumerate(kinds) if kind in _OF_TENSORS]
 
-    def derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        flat = ctx.needs_input_grad
-        needs: list[Any] = [False] * len(kinds)
-        lengths, at = iter(ctx.lengths), 1
-        for i, is_list in slots:
-            if is_list:
-                end = at + next(lengths)
-                needs[i] = list(flat[at:end])
-                at = end
-            else:
-                needs[i] = flat[at]
-                at += 1
-        ctx.needs_input_grad = needs
-        try:
-            found = backward(ctx, *grads)
-        finally:
-            ctx.needs_input_grad = flat
-        if not isinstance(found, tuple):
-            found = (found,)
-        assert len(found) == len(kinds)
-        gradients: list[Any] = [None]
-        for i, is_list in slots:
-            if is_list:
-                gradients += found[i]
-            else:
-                gradients.append(found[i])
-        return tuple(gradients)
+        def forward(ctx: Any, arguments: tuple[Any, ...], *_: Any) -> Any:
+            with _below_autograd():
+                output = operator(*arguments)
+            setup_context(ctx=ctx, inputs=arguments, output=output)
+            ctx.lengths = [len(arguments[i]) for i, is_list in slots if is_list]
+            return output
 
-    name = "Backward_" + operator._schema.name.replace("::", "_")
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
-    function: Any = type(name, (torch.autograd.Function,), methods)
-    # Function's own `apply` looks for functorch's transforms first, which `is_eager` has done.
-    apply = super(torch.autograd.Function, function).apply
-
-    def call(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            flat: list[Any] = []
+        def derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            flat = ctx.needs_input_grad
+            needs: list[Any] = [False] * len(kinds)
+            lengths, at = iter(ctx.lengths), 1
             for i, is_list in slots:
                 if is_list:
-                    flat += arguments[i]
+                    end = at + next(lengths)
+                    needs[i] = list(flat[at:end])
+                    at = end
                 else:
-                    flat.append(arguments[i])
-            return apply(arguments, *flat)
-        with below_autograd():
-            return operator(*arguments)
+                    needs[i] = flat[at]
+                    at += 1
+            ctx.needs_input_grad = needs
+            try:
+                found = backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = flat
+            if not isinstance(found, tuple):
+                found = (found,)
+            assert len(found) == len(kinds)
+            gradients: list[Any] = [None]
+            for i, is_list in slots:
+                if is_list:
+                    gradients += found[i]
+                else:
+                    gradients.append(found[i])
+            return tuple(gradients)
 
-    return call
+        name = "Backward_" + operator._schema.name.replace("::", "_")
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+        function: Any = type(name, (torch.autograd.Function,), methods)
+        # Function's own `apply` looks for functorch's transforms first, which `is_eager` has done.
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def __call__(self, arguments: tuple[Any, ...]) -> Any:
+        flat: list[Any] = []
+        for i, is_list in self._slots:
+            if is_list:
+                flat += arguments[i]
+            else:
+                flat.append(arguments[i])
+        return self._apply(arguments, *flat)
 
 
 def tangents_exist() -> bool:
     """Whether a tensor may have one: within `forward_ad.dual_level`."""
-    return bool(getattr(forward_ad, "_current_level", -1) >= 0)
+    level: int = getattr(forward_ad, "_current_level", -1)
+    return level >= 0
 
 
-_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
-def _outside_of_transforms(name: str, operator: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+def _outside_of_transforms(
+    name: str, operator: Callable[..., Any], derivative: _Derivative | None
+) -> Callable[..., Any]:
     """The operator, by its shorter way where that is open, refusing what it has no rule for: tangents, which it would
     drop without a word, and torch.func."""
 
     def call(*arguments: Any) -> Any:
         if is_eager():
-            output = eager(*arguments)
+            if derivative is None:
+                output = operator(*arguments)
+            elif torch.is_grad_enabled() and _any_requires_grad(*arguments):
+                output = derivative(arguments)
+            else:
+                with _below_autograd():
+                    output = operator(*arguments)
         else:
-            if not torch.compiler.is_compiling() and _transforms_active() and _any(_is_transformed, arguments):
+            within = not torch.compiler.is_compiling() and _transforms_active is not None and _transforms_active()
+            if within and _any(_is_transformed, arguments):
                 raise NotImplementedError(
                     f"{name}: tensors must be outside of torch.func's transforms, got one within; "
                     'use_backend("reference") has them'

@@ -36,10 +36,12 @@ def error(op: str, argument: str, expected: object, got: object) -> ValueError:
 
 def pair(op: str, name: str, value: Pair, least: int) -> tuple[int, int]:
     # What it nearly always is, in a fraction of the time.
-    if type(value) is int and value >= least:
+    if type(value) is tuple and len(value) == 2:
+        first, second = value
+        if type(first) is int and type(second) is int and first >= least and second >= least:
+            return value
+    elif type(value) is int and value >= least:
         return value, value
-    if type(value) is tuple and list(map(type, value)) == [int, int] and min(value) >= least:
-        return value
     both = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(both) != 2 or not all(isinstance(v, int) for v in both) or min(both) < least:
         raise error(op, name, f"an int or two of at least {least}", value)

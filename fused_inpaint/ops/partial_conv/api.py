@@ -11,7 +11,7 @@ from .checks import check_one_device, check_output_size
 from .dispatch import count, count_chain, run
 from .packing import PackedWeight
 from .plan import check_steps, plan_of
-from .types import BatchNorm, Epilogue, Geometry, Inputs, Window, WindowStep
+from .types import BatchNorm, Epilogue, GivenGeometry, Inputs, Window, WindowStep
 
 
 def partial_conv2d(
@@ -86,7 +86,7 @@ def partial_conv2d(
     ups = [upsample] * len(sources) if isinstance(upsample, int) else list(upsample)
     op, names = "partial_conv2d", ["mask"] * len(sources)
     zeroed = [holes_zero] * len(sources) if isinstance(holes_zero, bool) else list(holes_zero)
-    geometry = _geometry(op, ups, stride, padding, dilation, groups, zeroed)
+    geometry = GivenGeometry(ups, stride, padding, dilation, groups, zeroed)
     epilogue = Epilogue(activation, slope, batch_norm)
     given = Inputs(op, sources, masks, names, weight, bias, window, geometry, epilogue, fold)
     return _convolve(given, packed, multi_channel)
@@ -129,7 +129,7 @@ def partial_upconv2d(
     k = weight.size(2) if weight.dim() == 4 else 0
     if k % 2 == 0 or weight.size(3) != k:
         raise error(op, "weight", "(O, Cu + Cs, k, k) with k odd", tuple(weight.shape))
-    geometry = _geometry(op, [2, 1], 1, k // 2, 1, 1, [False, False])
+    geometry = GivenGeometry([2, 1], 1, k // 2, 1, 1, [False, False])
     epilogue = Epilogue(activation, slope, batch_norm)
     names = ["mask", "skip_mask"]
     return _convolve(Inputs(op, [x, skip], [mask, skip_mask], names, weight, bias, window, geometry, epilogue, fold))
@@ -182,7 +182,7 @@ def partial_window(
         if (m.size(2) * up, m.size(3) * up) != (masks[0].size(2) * ups[0], masks[0].size(3) * ups[0]):
             raise error(op, "mask", "of one size after upsampling", tuple(m.shape))
     kernel = pair(op, "kernel_size", kernel_size, 1)
-    geometry = _geometry(op, ups, stride, padding, dilation, 1, [False] * len(masks))
+    geometry = GivenGeometry(ups, stride, padding, dilation, 1, [False] * len(masks)).checked(op)
     check_output_size(op, "mask", (masks[0].size(2) * ups[0], masks[0].size(3) * ups[0]), kernel, geometry[1:4])
     return count(op, [plane_of(op, m) for m in masks], counts, kernel, geometry)
 
@@ -221,19 +221,6 @@ def partial_window_chain(mask: Tensor | Sequence[Tensor], steps: Sequence[Window
     check_steps(op, planes, steps)
     planes = [plane_of(op, m) for m in planes]
     return count_chain(op, planes, steps)
-
-
-def _geometry(
-    op: str, upsample: list[int], stride: Pair, padding: Pair, dilation: Pair, groups: int, zeroed: list[bool]
-) -> Geometry:
-    return Geometry(
-        upsample,
-        list(pair(op, "stride", stride, 1)),
-        list(pair(op, "padding", padding, 0)),
-        list(pair(op, "dilation", dilation, 1)),
-        groups,
-        [int(z) for z in zeroed],
-    )
 
 
 def _convolve(given: Inputs, packed: PackedWeight | None = None, multi_channel: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From checked arguments to the chosen implementation."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,13 +16,18 @@ from .plan import Plan, trains_gain
 from .schema import ops
 from .types import BatchNorm, Epilogue, Geometry, Inputs, Window, WindowStep
 
-_AS_IT_IS = contextlib.nullcontext()
-
 
 def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor, Tensor]:
     """The layer's output, in the dtype that x (or autocast) asks for, and its new mask."""
-    _, sources, masks, _, weight, _, window, geometry, epilogue, _ = given
-    kernel, dtype, rounded, inner = plan[:4]
+    if plan.autocasts:
+        with torch.autocast(given.weight.device.type, enabled=False):
+            return _run(plan, given, packed)
+    return _run(plan, given, packed)
+
+
+def _run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor, Tensor]:
+    _, sources, masks, _, weight, _, window, _, epilogue, _ = given
+    kernel, dtype, rounded, inner, casts, fold_from, geometry = plan[:7]
     statistics = epilogue.norm is not None and epilogue.norm.training
     if window is not None:
         planes = list(window.planes)
@@ -32,20 +36,23 @@ def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor,
     elif kernel == "vendor" and masks is not None and not statistics and plan.eager:
         planes = _given(sources, masks)  # made planes and summed in the same call
     else:
-        window = _window_of(given)
+        window = _window_of(given, geometry)
         planes = list(window.planes)
-    if packed is not None and (not plan.packs or inner != packed.weights[0].dtype):
-        packed = None
-    fold_from = plan.fold_from if packed is None else routes.fold_from("plain", packed.fold)
-    if packed is None or torch.is_grad_enabled():  # else the weight itself is but looked at
-        weight = _to(_to(weight, rounded), inner)
-    layer = Layer([_to(_to(s, rounded), inner) for s in sources], planes, window, weight, geometry)
-    with torch.autocast(weight.device.type, enabled=False) if plan.autocasts else _AS_IT_IS:
-        if statistics:
-            y, mask = _with_batch_statistics(kernel, layer, epilogue, fold_from, plan.rows)
+    if packed is not None:
+        if plan.packs and inner == packed.weights[0].dtype:
+            fold_from = routes.fold_from("plain", packed.fold)
         else:
-            y, mask = _with_constants(kernel, layer, given, fold_from, packed)
-    return _to(y, dtype), mask if window is None else window.mask
+            packed = None
+    if casts:
+        sources = [_to(_to(s, rounded), inner) for s in sources]
+        if packed is None or torch.is_grad_enabled():  # else the weight itself is but looked at
+            weight = _to(_to(weight, rounded), inner)
+    layer = Layer(sources, planes, window, weight, geometry)
+    if statistics:
+        y, mask = _with_batch_statistics(kernel, layer, epilogue, fold_from, plan.rows)
+    else:
+        y, mask = _with_constants(kernel, layer, given, fold_from, packed)
+    return y if y.dtype == dtype else y.to(dtype), mask if window is None else window.mask
 
 
 def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,7 +92,7 @@ def _with_constants(
         y, _, _, mask = ops.partial_conv2d_masked(sources, masks, *constants, fold_from, weights)
     except RuntimeError as failure:
         if SOFT in str(failure):
-            _window_of(given)  # which names the mask
+            _window_of(given, geometry)  # which names the mask
         raise
     return y, mask
 
@@ -178,12 +185,12 @@ def _track(norm: BatchNorm, mean: Tensor, var: Tensor, factor: float) -> None:
             running_var.lerp_((var * factor).to(running_var.dtype), momentum)
 
 
-def _window_of(given: Inputs) -> Window:
+def _window_of(given: Inputs, geometry: Geometry) -> Window:
     op, sources, masks, names = given[:4]
     planes = [mask.contiguous() for mask in _given(sources, masks)]
     if masks is not None:
         planes = [plane_of(op, mask, name) for mask, name in zip(planes, names, strict=True)]
-    return count(op, planes, [s.size(1) for s in sources], given.weight.shape[2:], given.geometry)
+    return count(op, planes, [s.size(1) for s in sources], given.weight.shape[2:], geometry)
 
 
 def _given(sources: list[Tensor], masks: list[Tensor] | None) -> list[Tensor]:

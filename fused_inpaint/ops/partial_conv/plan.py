@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether and how a call runs, decided once for calls that look alike: deciding takes longer than the launches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,9 @@ class Plan(NamedTuple):
     dtype: torch.dtype  # of the output: what x, or autocast, asks for
     rounded: torch.dtype  # what x and the weight are cast to first
     inner: torch.dtype  # what the kernel reads
+    casts: bool  # whether something is to be cast at all
     fold_from: int
+    geometry: Geometry
     packs: bool  # takes packed weights
     autocasts: bool
     rows: int  # output pixels, batch included
@@ -32,6 +34,8 @@ class Plan(NamedTuple):
 _plans: dict[tuple[object, ...], Plan] = {}
 _chains: set[tuple[object, ...]] = set()
 _MOST = 4096  # of each
+# Whether any device has autocast, which is quicker to ask than whether one has.
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _PLAIN = {int, float, str, bool, type(None)}  # the types of what may be kept: others have no hash, or no lasting one
 
 
@@ -51,13 +55,14 @@ def plan_of(given: Inputs) -> Plan:
         except TypeError:  # a fake tensor's sizes may be symbols, which have no hash
             facts = None
     if plan is None:
-        op, sources, masks, names, weight, bias, window, geometry, epilogue, _ = given
+        op, sources, masks, names, weight, bias, window, written, epilogue, _ = given
+        geometry = written.checked(op)
         check_call(op, sources, weight, bias, geometry, epilogue)
         if window is not None:
             check_window(op, window, sources, weight, geometry)
         if masks is not None:
             check_masks(op, sources, masks, names)
-        plan = _decide(given, selected, facts is not None)
+        plan = _decide(given, geometry, selected, facts is not None)
         if facts is not None:
             if len(_plans) >= _MOST:
                 _plans.clear()
@@ -91,38 +96,53 @@ def _chain_facts(masks: list[Tensor], steps: Sequence[WindowStep]) -> tuple[obje
 
 
 def _facts(given: Inputs, selected: str) -> tuple[object, ...] | None:
-    """All that `plan_of` looks at; None if it cannot be kept."""
+    """All that `plan_of` looks at; None if it cannot be kept. Of few steps, since each takes a microsecond."""
     op, sources, masks, _, weight, bias, window, geometry, epilogue, fold = given
     upsample, stride, padding, dilation, groups, zeroed = geometry
     activation, slope, norm = epilogue
-    plain = [activation, slope, fold, groups, *upsample]
-    tensors: list[object] = [weight, bias, *sources, None]
+    facts: list[object] = [op, selected, activation, slope, fold, groups, *upsample, None, *zeroed, None]
+    plain: list[object] = facts[2:-1]
+    for value in (stride, padding, dilation):
+        if isinstance(value, tuple | list):
+            facts.append(tuple(value))
+            plain += value
+        else:
+            facts.append(value)
+            plain.append(value)
+    tensors = [weight, *sources]
+    if bias is not None:
+        tensors.append(bias)
     if masks is not None:
         tensors += masks
     if norm is not None:
-        tensors += norm[:4]
-        plain += (norm.training, norm.training or trains_gain(norm))
+        plain.append(norm.training)
+        facts += (
+            norm.training,
+            norm.training or trains_gain(norm),
+            norm.running_mean is None,
+            norm.running_var is None,
+        )
+        tensors += (t for t in norm[:4] if t is not None)
     if window is not None:
-        tensors += (None, window.counts, window.mask, *window.planes)
         plain.append(window.full)
-    if not _PLAIN.issuperset(map(type, plain)):
+        facts += (window.full, len(window.planes))
+        tensors += (window.counts, window.mask, *window.planes)
+    # With the types, since 1.0 equals 1, and yet is refused.
+    kinds = tuple(map(type, plain))
+    if not _PLAIN.issuperset(kinds):
         return None
-    facts: list[object] = [op, selected, autocast_dtype(weight.device.type)]
-    facts += (masks is None, norm is None, window is None, len(sources), len(upsample), len(zeroed))
-    # With its type, since 1.0 equals 1, and yet is refused; `pair` has seen to the other numbers.
-    facts += (type(groups), *plain, *stride, *padding, *dilation, *zeroed)
-    for t in tensors:
-        if t is None:
-            facts.append(None)
-        elif isinstance(t, Tensor):
+    autocast = autocast_dtype(weight.device.type) if _any_autocast() else None
+    facts += (kinds, autocast, bias is None, masks is None or len(masks), len(sources))
+    try:
+        for t in tensors:
             facts += (t.shape, t.dtype, t.device)
-        else:
-            return None
+    except AttributeError:  # not tensors, which the check says in words
+        return None
     return tuple(facts)
 
 
-def _decide(given: Inputs, selected: str, eager: bool) -> Plan:
-    op, sources, _, _, weight, bias, _, geometry, epilogue, fold = given
+def _decide(given: Inputs, geometry: Geometry, selected: str, eager: bool) -> Plan:
+    op, sources, _, _, weight, bias, _, _, epilogue, fold = given
     dtype = _result_dtype(op, sources, weight, bias)
     # A trained gain over fixed statistics is a factor of the weight, and a half type would round that product, too.
     inner = torch.float32 if dtype != torch.float64 and trains_gain(epilogue.norm) else dtype
@@ -134,7 +154,8 @@ def _decide(given: Inputs, selected: str, eager: bool) -> Plan:
     rounded, inner = convolution_dtype(dtype, oneDNN), convolution_dtype(inner, oneDNN)
     autocast = autocast_dtype(weight.device.type) is not None
     fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold)
-    return Plan(kernel, dtype, rounded, inner, fold_from, oneDNN, autocast, call.rows, eager)
+    casts = any(t.dtype != kind for t in (*sources, weight) for kind in (rounded, inner))
+    return Plan(kernel, dtype, rounded, inner, casts, fold_from, geometry, oneDNN, autocast, call.rows, eager)
 
 
 def _describe(

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..checks import Pair, pair
+
 
 class Window(NamedTuple):
     """What one partial convolution reads and leaves behind of its masks; a function of the input masks alone."""
@@ -55,6 +57,27 @@ class Geometry(NamedTuple):
     zeroed: list[int]  # for each source, 1 if it is promised to hold 0 in its holes already
 
 
+class GivenGeometry(NamedTuple):
+    """The geometry as a caller may write it."""
+
+    upsample: list[int]
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    zeroed: list[bool]
+
+    def checked(self, op: str) -> Geometry:
+        return Geometry(
+            self.upsample,
+            list(pair(op, "stride", self.stride, 1)),
+            list(pair(op, "padding", self.padding, 0)),
+            list(pair(op, "dilation", self.dilation, 1)),
+            self.groups,
+            [int(z) for z in self.zeroed],
+        )
+
+
 class Epilogue(NamedTuple):
     """What follows the renormalised convolution."""
 
@@ -73,6 +96,6 @@ class Inputs(NamedTuple):
     weight: Tensor  # (O, sum C_i / groups, kh, kw)
     bias: Tensor | None  # (O,)
     window: Window | None
-    geometry: Geometry
+    geometry: GivenGeometry
     epilogue: Epilogue
     fold: bool | None  # the upsampling into the kernel; None: as the table says
