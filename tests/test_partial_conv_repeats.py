@@ -29,6 +29,15 @@ def chain(device: torch.device, **changes: Any) -> list[ops.Window]:
 
 BAD: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "stride": (conv, dict(stride=1.0), "stride must be an int or two of at least 1, got 1.0"),
+    "stride_list": (conv, dict(stride=[1, 1.0]), "stride must be an int or two of at least 1, got [1, 1.0]"),
+    "dilation": (conv, dict(dilation=(1,)), "dilation must be an int or two of at least 1, got (1,)"),
+    "dilation_text": (conv, dict(dilation="1"), "dilation must be an int or two of at least 1, got 1"),
+    "across": (conv, dict(stride=(1, 1, 1), padding=(1,)), "stride must be an int or two of at least 1, got (1, 1, 1)"),
+    "holes_zero": (
+        conv,
+        dict(holes_zero=[False] * 2),
+        "holes_zero must be a bool, or one for each of 1 sources, got [0, 0]",
+    ),
     "padding": (conv, dict(padding=(1.0, 1)), "padding must be an int or two of at least 0, got (1.0, 1)"),
     "lengths": (
         conv,
