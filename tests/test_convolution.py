@@ -269,3 +269,19 @@ def test_a_packed_weight_in_a_call_with_gradients(emulated: None) -> None:
         for given in (packed, None)
     )
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@packs
+def test_a_packed_weight_beside_a_trained_gain() -> None:
+    """Over fixed statistics the gain is a factor of the weight, which the packed one does not have in it."""
+    weight, x = torch.randn(16, 24, 3, 3), torch.randn(1, 24, 9, 9)
+    gain, shift, mean, var = (torch.rand(16) + 0.5 for _ in range(4))
+    gain.requires_grad_()
+    packed = packing.pack(weight, [x.shape], [1], [1, 1], [1, 1], [1, 1], 1)
+    assert packed is not None
+    norm = ops.BatchNorm(gain, shift, mean, var, False, 0.1, 1e-5)
+    y, plain = (
+        ops.partial_conv2d(x, None, weight, padding=1, batch_norm=norm, packed=given)[0] for given in (packed, None)
+    )
+    assert_close(y.detach(), plain.detach(), 1e-5)
+    assert_close(*(torch.autograd.grad(t.square().sum(), gain)[0] for t in (y, plain)), 1e-5)

@@ -85,7 +85,8 @@ def _with_constants(
     if kernel == "reference":
         assert window is not None
         return reference.partial_conv2d(sources, masks, window.counts, *constants), window.mask
-    weights = list(packed.weights) if packed else None
+    # A packed weight has no gain in it.
+    weights = list(packed.weights) if packed and weight is layer.weight else None
     if window is not None:
         return ops.partial_conv2d(sources, masks, window.counts, *constants, fold_from, weights), window.mask
     try:
