@@ -6,7 +6,7 @@ import torch
 from cases import OPERATORS, assert_close, named, sample
 from torch import Tensor
 
-from fused_inpaint import _backends
+from fused_inpaint import _backends, ops
 
 TRAIN = named("train")
 
@@ -40,6 +40,48 @@ def test_statistics_of_another_dtype(backend: str, device: torch.device) -> None
     for narrow, wide in zip(moved(device, 0.1, torch.float64), moved(device, 0.1), strict=True):
         assert narrow.dtype == torch.float64
         assert_close(wide, narrow, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-9)], ids=str
+)
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("name", ["eval", "eval_relu", "frozen", "up_eval_folded", "up_eval_direct"])
+def test_fixed_statistics_in_inference(
+    backend: str, device: torch.device, name: str, strided: bool, dtype: torch.dtype, rtol: float
+) -> None:
+    """Without gradients they go into the layer's operator; the call with gradients works them out before."""
+    s = sample(named(name), dtype, device)
+    assert s.norm is not None and s.masks is not None
+    if strided:
+        s.norm = s.norm._replace(running_mean=torch.stack([s.norm.running_mean] * 2, 1)[:, 0])
+    geometry = (s.case.kernel, s.case.stride, s.case.padding, s.case.dilation)
+    window = ops.partial_window(s.masks, s.case.channels, *geometry, upsample=s.case.upsample)
+    expected, _ = s(window=window)
+    assert expected.requires_grad
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        y, _ = s(window=window)
+    assert_close(y, expected, rtol)
+    entered = [event.name for event in profile.events() if event.name.startswith("fused_inpaint::")]
+    if backend in ("cpu", "cuda_vendor"):
+        assert entered == ["fused_inpaint::partial_conv2d_normed"]
+
+
+@OPERATORS
+@pytest.mark.parametrize("name", ["plain", "up_folded", "shared_mask", "empty_batch"])
+def test_normed_operator(backend: str, device: torch.device, name: str) -> None:
+    if not _backends.native(device.type):
+        pytest.skip("Triton alone has no kernel for it")
+    s = sample(named(name), device=device, nan=False)
+    assert s.masks is not None
+    geometry = (s.case.kernel, s.case.stride, s.case.padding, s.case.dilation)
+    window = ops.partial_window(s.masks, s.case.channels, *geometry, upsample=s.case.upsample)
+    norm = [torch.rand(s.case.outputs, device=device) + 0.5 for _ in range(4)]
+    rest = (list(s.case.upsample), *map(list, geometry[1:]), s.case.groups, [0] * len(s.x), "relu", 0.0, 4096, None)
+    given = ([x.detach() for x in s.x], list(window.planes), window.counts, s.weight.detach(), *norm, 1e-5, *rest)
+    torch.library.opcheck(torch.ops.fused_inpaint.partial_conv2d_normed, given)
+    with pytest.raises(RuntimeError, match="norm_constants: weight, bias, mean and var must be contiguous, of one"):
+        torch.ops.fused_inpaint.partial_conv2d_normed(*given[:6], norm[2].double(), *given[7:])
 
 
 def test_a_graph_that_needs_the_former_statistics_is_refused(backend: str, device: torch.device) -> None:

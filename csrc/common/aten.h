@@ -78,6 +78,9 @@ inline Tensor empty_of_size(const Tensor& like, ScalarType dtype) {
   return empty(size, dtype, like);
 }
 
+// Contiguous, copied only if it is not.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline Tensor cast(const Tensor& t, ScalarType dtype) {
   Tensor out = empty_channels_last({t.size(0), t.size(1), t.size(2), t.size(3)}, dtype, t);
   torch::stable::copy_(out, t);

@@ -130,6 +130,9 @@ void batch_norm_backward(const Tensor& grad, const Tensor& conv, const Output& o
                          const Tensor& var, const Tensor& weight, const Tensor& bias, double eps, Tensor& grad_conv,
                          Tensor* grad_phases, int64_t shift, Tensor& grad_weight, Tensor& grad_bias);
 
+// partial_norm
+std::tuple<Tensor, Tensor> norm_constants(Tensor weight, Tensor bias, Tensor mean, Tensor var, double eps);
+
 // partial_window
 struct MaskWindow {
   std::vector<Tensor> planes;  // the masks as bytes

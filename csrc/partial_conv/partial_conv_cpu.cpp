@@ -16,6 +16,7 @@ namespace fused_inpaint::cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, CPU, m) {
   m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d));
+  m.impl("partial_conv2d_normed", TORCH_BOX(&partial_conv2d_normed));
   m.impl("partial_conv2d_masked", TORCH_BOX(&partial_conv2d_masked));
   m.impl("partial_conv2d_backward", TORCH_BOX(&partial_conv2d_backward));
   m.impl("partial_conv2d_bn", TORCH_BOX(&partial_conv2d_bn));
@@ -25,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, CPU, m) {
 // A packed weight is an opaque oneDNN tensor and brings its own dispatch key.
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, MkldnnCPU, m) {
   m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d));
+  m.impl("partial_conv2d_normed", TORCH_BOX(&partial_conv2d_normed));
   m.impl("partial_conv2d_masked", TORCH_BOX(&partial_conv2d_masked));
 }
 

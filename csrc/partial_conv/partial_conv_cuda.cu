@@ -16,6 +16,7 @@ namespace fused_inpaint::cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_inpaint, FUSED_INPAINT_CUDA_KEY, m) {
   m.impl("partial_conv2d", TORCH_BOX(&partial_conv2d));
+  m.impl("partial_conv2d_normed", TORCH_BOX(&partial_conv2d_normed));
   m.impl("partial_conv2d_masked", TORCH_BOX(&partial_conv2d_masked));
   m.impl("partial_conv2d_backward", TORCH_BOX(&partial_conv2d_backward));
   m.impl("partial_conv2d_bn", TORCH_BOX(&partial_conv2d_bn));

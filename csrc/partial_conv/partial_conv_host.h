@@ -337,7 +337,19 @@ Tensor partial_conv2d(std::vector<Tensor> sources, std::vector<Tensor> masks, Te
   return y;
 }
 
-// The same from the masks as the user gave them: also their planes, the counts and the new mask, in the masks' type.
+// The same with a batch norm of fixed statistics, where no gradient is asked for.
+Tensor partial_conv2d_normed(std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor count, Tensor weight,
+                             Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, double eps, Ints upsample,
+                             Ints stride, Ints padding, Ints dilation, int64_t groups, Ints zeroed,
+                             std::string activation, double slope, int64_t fold_from,
+                             std::optional<std::vector<Tensor>> packed_weights) {
+  const auto [scale, bias] = norm_constants(dense(norm_weight), dense(norm_bias), dense(mean), dense(var), eps);
+  return partial_conv2d(sources, masks, count, weight, bias, scale, upsample, stride, padding, dilation, groups, zeroed,
+                        activation, slope, fold_from, packed_weights);
+}
+
+// partial_conv2d from the masks as the user gave them: also their planes, the counts and the new mask, in the masks'
+// type.
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> partial_conv2d_masked(
     std::vector<Tensor> sources, std::vector<Tensor> masks, Tensor weight, std::optional<Tensor> bias,
     std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding, Ints dilation, int64_t groups, Ints zeroed,

@@ -164,19 +164,18 @@ void sum_windows(std::vector<WindowStep>& steps) {
 Tensor mask_plane(Tensor mask, std::string name) {
   // float16 to float32 is exact, and saves the kernels a type that the CPU does not compute in.
   const bool half = mask.scalar_type() == ScalarType::Half;
-  const Tensor wide = half ? torch::stable::to(mask, ScalarType::Float) : mask;
-  const Tensor dense = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  const Tensor given = dense(half ? torch::stable::to(mask, ScalarType::Float) : mask);
   Tensor plane = empty_of_size(mask, ScalarType::Byte);
   uint8_t* out = mutable_data<uint8_t>(plane);
   std::optional<double> odd;
-  switch (dense.scalar_type()) {
+  switch (given.scalar_type()) {
     case ScalarType::Bool:
     case ScalarType::Byte:
-      odd = pack(data<uint8_t>(dense), out, dense.numel());
+      odd = pack(data<uint8_t>(given), out, given.numel());
       break;
     default:
-      dispatch_float(name.c_str(), dense.scalar_type(),
-                     [&]<typename T>() { odd = pack(data<T>(dense), out, dense.numel()); });
+      dispatch_float(name.c_str(), given.scalar_type(),
+                     [&]<typename T>() { odd = pack(data<T>(given), out, given.numel()); });
   }
   STD_TORCH_CHECK(!odd, name, " must be 0 or 1 everywhere, got ", *odd);
   return plane;

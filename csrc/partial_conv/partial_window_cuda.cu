@@ -192,16 +192,16 @@ void sum_windows(std::vector<WindowStep>& steps) {
 
 Tensor mask_plane(Tensor mask, std::string) {
   const DeviceGuard guard(mask);
-  const Tensor dense = torch::stable::contiguous(mask);
+  const Tensor given = dense(mask);
   Tensor plane = empty_of_size(mask, ScalarType::Byte);
   if (plane.numel() == 0) return plane;
   const unsigned n = index32(plane.numel());
   if (mask.scalar_type() == ScalarType::Bool || mask.scalar_type() == ScalarType::Byte)
     FUSED_INPAINT_LAUNCH(pack_bytes_kernel, blocks_for(n), dim3(kThreads), 0, current_stream(mask),
-                         data<uint8_t>(dense), mutable_data<uint8_t>(plane), n);
+                         data<uint8_t>(given), mutable_data<uint8_t>(plane), n);
   else
     dispatch_cuda(mask.scalar_type(), [&]<typename T>() {
-      FUSED_INPAINT_LAUNCH(pack_kernel<T>, blocks_for(n), dim3(kThreads), 0, current_stream(mask), data<T>(dense),
+      FUSED_INPAINT_LAUNCH(pack_kernel<T>, blocks_for(n), dim3(kThreads), 0, current_stream(mask), data<T>(given),
                            mutable_data<uint8_t>(plane), n);
     });
   return plane;
@@ -210,13 +210,13 @@ Tensor mask_plane(Tensor mask, std::string) {
 // The masks' values are not looked at, so they are packed in the launch that sums them.
 MaskWindow window_of_masks(const char* op, const std::vector<Tensor>& masks, const Ints& channels, const Ints& upsample,
                            const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  std::vector<Tensor> dense, planes;
+  std::vector<Tensor> given, planes;
   for (const Tensor& mask : masks) {
-    dense.push_back(mask.is_contiguous() ? mask : torch::stable::contiguous(mask));
+    given.push_back(dense(mask));
     planes.push_back(empty_of_size(mask, ScalarType::Byte));
   }
   std::vector<WindowStep> steps{
-      window_step(op, dense, channels, upsample, kernel, stride, padding, dilation, masks[0].scalar_type())};
+      window_step(op, given, channels, upsample, kernel, stride, padding, dilation, masks[0].scalar_type())};
   steps[0].planes = planes;
   sum_windows(steps);
   return {planes, steps[0].counts, steps[0].valid};

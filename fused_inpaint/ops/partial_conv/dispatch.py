@@ -12,7 +12,7 @@ from ..masks import SOFT, counted_by_reference, plane_of
 from . import layer_ops as layer_ops  # defines operators
 from . import reference, routes
 from .packing import PackedWeight
-from .plan import Plan, trains_gain
+from .plan import Plan, trains_gain, wide_of
 from .schema import ops
 from .types import BatchNorm, Epilogue, Geometry, Inputs, Window, WindowStep
 
@@ -51,7 +51,7 @@ def _run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor
     if statistics:
         y, mask = _with_batch_statistics(kernel, layer, epilogue, fold_from, plan.rows)
     else:
-        y, mask = _with_constants(kernel, layer, given, fold_from, packed)
+        y, mask = _with_constants(plan, layer, given, fold_from, packed)
     return y if y.dtype == dtype else y.to(dtype), mask if window is None else window.mask
 
 
@@ -70,11 +70,26 @@ class Layer(NamedTuple):
 
 
 def _with_constants(
-    kernel: str, layer: Layer, given: Inputs, fold_from: int, packed: PackedWeight | None
+    plan: Plan, layer: Layer, given: Inputs, fold_from: int, packed: PackedWeight | None
 ) -> tuple[Tensor, Tensor]:
-    epilogue = given.epilogue
-    weight, bias, scale = _as_constants(layer.weight, given.bias, epilogue.norm)
-    sources, masks, window, _, geometry = layer
+    kernel, epilogue, norm = plan.kernel, given.epilogue, given.epilogue.norm
+    sources, masks, window, weight, geometry = layer
+    if plan.normed and plan.eager and not torch.is_grad_enabled():
+        assert window is not None and norm is not None
+        y = ops.partial_conv2d_normed(
+            sources,
+            masks,
+            window.counts,
+            weight,
+            *norm[:4],
+            norm.eps,
+            *geometry,
+            *epilogue[:2],
+            fold_from,
+            list(packed.weights) if packed else None,
+        )
+        return y, window.mask
+    weight, bias, scale = _as_constants(weight, given.bias, norm)
     if kernel == "direct":
         y, _, mask = ops.partial_conv2d_direct(sources, masks, weight, bias, scale, *geometry[:5], *epilogue[:2])
         return y, mask
@@ -114,7 +129,7 @@ def _as_constants(
     weight: Tensor, bias: Tensor | None, norm: BatchNorm | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(weight, bias, scale) of the epilogue; a batch norm with fixed statistics is a scale and a bias."""
-    wide = _wide(weight)
+    wide = wide_of(weight.dtype)
     if norm is None:
         return weight, None if bias is None else _to(bias, wide), None
     assert norm.running_mean is not None and norm.running_var is not None
@@ -147,7 +162,7 @@ def _with_batch_statistics(
     sources, masks, window, weight, geometry = layer
     norm = epilogue.norm
     assert norm is not None
-    gain, shift = norm.weight.to(_wide(weight)), norm.bias.to(_wide(weight))
+    gain, shift = norm.weight.to(wide_of(weight.dtype)), norm.bias.to(wide_of(weight.dtype))
     if kernel == "triton":  # statistics need the whole map first, so nothing can follow in the same launch
         v, counts, mask = _triton(layer, None, None, Epilogue("none", 0.0, None), fold_from)
         y, mean, var = reference.batch_norm(v.to(gain.dtype), counts, gain, shift, norm.eps, *epilogue[:2])
@@ -232,7 +247,3 @@ def count_chain(op: str, planes: list[Tensor], steps: Sequence[WindowStep]) -> l
         )
         for at, step in enumerate(steps)
     ]
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     packs: bool  # takes packed weights
     autocasts: bool
     rows: int  # output pixels, batch included
+    normed: bool  # a batch norm of fixed statistics goes into the operator, if no gradient is asked for
     eager: bool  # is_eager said so, and what the plan was found by could be kept
 
 
@@ -142,7 +143,7 @@ def _facts(given: Inputs, selected: str) -> tuple[object, ...] | None:
 
 
 def _decide(given: Inputs, geometry: Geometry, selected: str, eager: bool) -> Plan:
-    op, sources, _, _, weight, bias, _, _, epilogue, fold = given
+    op, sources, _, _, weight, bias, window, _, epilogue, fold = given
     dtype = _result_dtype(op, sources, weight, bias)
     # A trained gain over fixed statistics is a factor of the weight, and a half type would round that product, too.
     inner = torch.float32 if dtype != torch.float64 and trains_gain(epilogue.norm) else dtype
@@ -155,7 +156,8 @@ def _decide(given: Inputs, geometry: Geometry, selected: str, eager: bool) -> Pl
     autocast = autocast_dtype(weight.device.type) is not None
     fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold)
     casts = any(t.dtype != kind for t in (*sources, weight) for kind in (rounded, inner))
-    return Plan(kernel, dtype, rounded, inner, casts, fold_from, geometry, oneDNN, autocast, call.rows, eager)
+    normed = kernel == "vendor" and window is not None and _is_fixed(epilogue.norm, wide_of(inner))
+    return Plan(kernel, dtype, rounded, inner, casts, fold_from, geometry, oneDNN, autocast, call.rows, normed, eager)
 
 
 def _describe(
@@ -188,6 +190,15 @@ def _result_dtype(op: str, sources: list[Tensor], weight: Tensor, bias: Tensor |
         if parameter is not None and parameter.dtype != sources[0].dtype:
             raise error(op, name, f"{sources[0].dtype} as x", parameter.dtype)
     return sources[0].dtype
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel of this type takes parameters and statistics in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _is_fixed(norm: BatchNorm | None, dtype: torch.dtype) -> bool:
+    return norm is not None and not norm.training and all(isinstance(t, Tensor) and t.dtype == dtype for t in norm[:4])
 
 
 def trains_gain(norm: BatchNorm | None) -> bool:

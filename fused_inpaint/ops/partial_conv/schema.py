@@ -236,6 +236,12 @@ define(
     _conv_backward,
     conv_setup,
 )
+# Without a derivative: for inference.
+define(
+    "partial_conv2d_normed(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor norm_weight, "
+    f"Tensor norm_bias, Tensor mean, Tensor var, float eps, {GEOMETRY}, {EPILOGUE}, Tensor[]? packed) -> Tensor",
+    _conv_fake,
+)
 define(
     "partial_conv2d_backward(Tensor grad, Tensor y, Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, "
     f"Tensor? scale, {GEOMETRY}, {EPILOGUE}, bool need_sources, bool need_weight, bool need_bias) "
