@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import fused_inpaint
+from fused_inpaint import _backends
 from fused_inpaint.cli import main
 from fused_inpaint.cli._common import ProgressBar
 
@@ -187,6 +188,19 @@ def test_info_as_json(capsys):
     assert facts["build"]["kind"] and facts["machine"]["threads"] == torch.get_num_threads()
     assert main(["info"]) == 0
     assert "backends" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["fastest", "cuda"])
+def test_info_says_what_is_wrong_with_a_backend(name, capsys, monkeypatch):
+    if name == "cuda" and not _backends.status()["cuda"]:
+        pytest.skip("there is nothing wrong with it here")
+    monkeypatch.setattr(_backends, "_selected", name)
+    assert main(["info", "--json"]) == 0
+    selected = json.loads(capsys.readouterr().out)["backends"]["selected"]
+    assert selected.startswith("none: ") and f", got {name}" in selected
+    monkeypatch.setattr(_backends, "_selected", "reference")
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["selected"] == "reference"
 
 
 def test_demo_compares_two_fits_and_writes_the_picture(folder, capsys, monkeypatch):

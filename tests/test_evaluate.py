@@ -257,7 +257,12 @@ def test_what_cannot_fill_or_be_measured_is_left_out_with_a_sentence(photos, mon
     results = run(photos, {"mean": evaluate.mean_colour, "picky": picky})
     notes = report.notes(results)
     assert notes[0].startswith("picky is left out") and notes[0].endswith("(12 of 36 images)")
-    assert [note.split(" ")[0] for note in notes[1:]] == ["SSIM", "LPIPS", "FID"]
+    assert [note.split(" ")[0] for note in notes[1:-1]] == ["SSIM", "LPIPS", "FID"]
+    assert notes[-1] == "12 of 12 classes have fewer than 10 images, too few for a 95 % interval"
+    results.scores *= 4  # the same images, which are counted once
+    assert report.notes(results)[-1] == notes[-1]
+    results.scores += [results.scores[0]._replace(photo=str(photo)) for photo in range(100, 107)]
+    assert report.notes(results)[-1].startswith("11 of 12 classes")
     assert "ssim" not in results.scores[0].metrics
     assert "–" in next(line for line in report.table(report.summary(results)).splitlines() if "picky" in line)
     found = evaluate.cases(photos, evaluate.MadeMasks(SIZE, BORDER), BORDER, 1)

@@ -90,7 +90,7 @@ def test_other_masks(backend: str, device: torch.device) -> None:
                     conv(device, mask=bad, window=given)
             with pytest.raises(ValueError, match="mask must be a sequence of 1, one for each x, got 2"):
                 conv(device, mask=[good, good], window=given)
-    if device.type == "cpu":
+    if device.type == "cpu" and not backend.startswith("cuda"):  # whose kernels, emulated on the CPU, do not look
         with pytest.raises(ValueError, match=r"mask must be 0 or 1 everywhere, got 0\.5"):
             conv(device, mask=good / 2)
 

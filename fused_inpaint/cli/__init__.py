@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 something the user can put right (one sentence on stderr), 130 interrupted."""
     arguments = parser().parse_args(argv)
     try:
-        _check_backend()
+        if arguments.verb != "info":  # which is asked what is wrong
+            _check_backend()
         arguments.run(arguments)
     except UserError as error:
         print(f"fused-inpaint {arguments.verb}: {error}", file=sys.stderr)

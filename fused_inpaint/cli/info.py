@@ -37,6 +37,11 @@ def collect() -> dict[str, dict[str, Any]]:
     # Read from package metadata: importing Triton looks for a GPU driver.
     versions |= {name: version(name) for name in ("numpy", "triton", "scikit-image", "pillow")}
     backends = {name: reason or "usable" for name, reason in _backends.status().items()}
+    try:
+        _backends.require_runnable()
+        backends["selected"] = _backends.selected()
+    except (ValueError, _backends.NoBackendError) as error:
+        backends["selected"] = f"none: {error}"
     machine = {
         "platform": platform.platform(),
         "cpu": _cpu_name(),

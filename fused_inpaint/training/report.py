@@ -23,6 +23,7 @@ from .metrics import METRICS, Interval, interval
 COLUMNS = dict(zip(PLACES, "NB", strict=True))  # as the paper has them: no border, border
 PANEL = 192  # pixels, of a picture in the sheet at most
 MARGIN, STRIP = 6, 18
+FEW = 10  # images of a class: the bootstrap's interval over fewer is too narrow
 
 
 class Cell(NamedTuple):
@@ -107,7 +108,7 @@ def _shown(cell: Cell | None, intervals: bool) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """Sentences: what FID is, and what is left out."""
+    """Sentences: what FID is, what is left out, and where the intervals say little."""
     lines = []
     if results.fid:
         values = ", ".join(f"{name} {value:.2f}" for name, value in results.fid.items())
@@ -116,7 +117,14 @@ def notes(results: Results) -> list[str]:
     cases = len({(score.photo, score.mask) for score in results.scores})
     for sentences in results.unfilled.values():
         lines.append(f"{sentences[0]} ({len(sentences)} of {cases} images)")
-    return [*lines, *results.left_out]
+    lines += results.left_out
+    images: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for score in results.scores:
+        images.setdefault((score.bucket, score.place), set()).add((score.photo, score.mask))
+    few = sum(len(found) < FEW for found in images.values())
+    if few:
+        lines.append(f"{few} of {len(images)} classes have fewer than {FEW} images, too few for a 95 % interval")
+    return lines
 
 
 def markdown(results: Results, cells: list[Cell], about: dict[str, Any]) -> str:
