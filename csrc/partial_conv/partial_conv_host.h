@@ -259,9 +259,11 @@ Gradients convolve_backward(const Tensor& grad_sum, const std::optional<Tensor>&
                             const std::vector<Tensor>& sources, const std::vector<Tensor>& masks, const Tensor& weight,
                             const Ints& upsample, const Ints& zeroed, bool fold, bool need_x, bool need_weight) {
   Gradients g;
-  g.weight = need_weight ? empty_channels_last({weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
-                                               weight.scalar_type(), weight)
-                         : empty({0}, weight.scalar_type(), weight);
+  const bool as_it_is = o.x.size() == 1 && !o.folded[0] && !o.blocks[0];  // the vendor's gradient is the weight's
+  if (!need_weight)
+    g.weight = empty({0}, weight.scalar_type(), weight);
+  else if (!as_it_is)
+    g.weight = empty_channels_last(sizes(weight), weight.scalar_type(), weight);
   int64_t first = 0;
   for (size_t i = 0; i < o.x.size(); ++i) {
     const Tensor& grad = o.folded[i] ? *grad_phases : grad_sum;
@@ -277,7 +279,7 @@ Gradients convolve_backward(const Tensor& grad_sum, const std::optional<Tensor>&
     if (need_weight) {
       if (o.folded[i])
         unfold_gradient(*grad_w, first, g.weight);
-      else if (o.x.size() == 1)
+      else if (as_it_is)
         g.weight = *grad_w;
       else
         place_gradient(*grad_w, first, g.weight);
