@@ -197,7 +197,7 @@ def test_info_says_what_is_wrong_with_a_backend(name, capsys, monkeypatch):
     monkeypatch.setattr(_backends, "_selected", name)
     assert main(["info", "--json"]) == 0
     selected = json.loads(capsys.readouterr().out)["backends"]["selected"]
-    assert selected.startswith("none: ") and f", got {name}" in selected
+    assert selected.startswith("none: FUSED_INPAINT_BACKEND: ") and f", got {name}" in selected
     monkeypatch.setattr(_backends, "_selected", "reference")
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backends"]["selected"] == "reference"

@@ -257,17 +257,23 @@ def test_what_cannot_fill_or_be_measured_is_left_out_with_a_sentence(photos, mon
     results = run(photos, {"mean": evaluate.mean_colour, "picky": picky})
     notes = report.notes(results)
     assert notes[0].startswith("picky is left out") and notes[0].endswith("(12 of 36 images)")
-    assert [note.split(" ")[0] for note in notes[1:-1]] == ["SSIM", "LPIPS", "FID"]
-    assert notes[-1] == "12 of 12 classes have fewer than 10 images, too few for a 95 % interval"
-    results.scores *= 4  # the same images, which are counted once
-    assert report.notes(results)[-1] == notes[-1]
-    results.scores += [results.scores[0]._replace(photo=str(photo)) for photo in range(100, 107)]
-    assert report.notes(results)[-1].startswith("11 of 12 classes")
+    assert [note.split(" ")[0] for note in notes[1:]] == ["SSIM", "LPIPS", "FID"]
     assert "ssim" not in results.scores[0].metrics
     assert "–" in next(line for line in report.table(report.summary(results)).splitlines() if "picky" in line)
     found = evaluate.cases(photos, evaluate.MadeMasks(SIZE, BORDER), BORDER, 1)
     results = evaluate.evaluate(found, 12, {"mean": evaluate.mean_colour}, fid_weights="inception.pth")
     assert results.left_out[-1].startswith("FID is left out, torchmetrics cannot be imported")
+
+
+def test_an_interval_of_few_images_is_said_to_be_one(photos):
+    results = run(photos, {"mean": evaluate.mean_colour})
+    sentence = "Fewer than 10 images, too few for an interval: {} of 12 classes."
+    assert sentence.format(12) in report.markdown(results, report.summary(results), {})
+    one = [score for score in results.scores if score[3:5] == results.scores[0][3:5]]
+    results.scores += one * 3
+    assert sentence.format(11) in report.markdown(results, report.summary(results), {})
+    results.scores *= 4
+    assert "too few" not in report.markdown(results, report.summary(results), {})
 
 
 class Alike:

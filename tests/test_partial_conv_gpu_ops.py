@@ -266,6 +266,15 @@ def test_masked_layouts_and_upsampling(device: str) -> None:
     assert torch.equal(mask.cpu(), window[1].bool())
 
 
+@everywhere
+def test_masked_refuses(device: str) -> None:
+    with pytest.raises(RuntimeError, match="partial_conv2d: sources and masks must be of one length, at least 1"):
+        run_masked([], [], torch.ones(1, 1, 3, 3, device=device), [], 1)
+    x, mask = torch.ones(1, 1, 4, 4, device=device), torch.ones(1, 1, 4, 4, dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match="partial_conv2d: mask"):
+        run_masked([x], [mask], torch.ones(1, 1, 3, 3, device=device), [1], 1)
+
+
 @devices("cuda")
 def test_masked_counts_whatever_is_not_zero(device: str) -> None:
     """A GPU's masks are not looked at for other values than 0 and 1."""
@@ -374,6 +383,7 @@ def test_chain_refuses(name: str, device: str) -> None:
 
 @everywhere
 def test_chain_refuses_other_masks(device: str) -> None:
-    for mask in (torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 16, dtype=torch.uint8)[..., ::2]):
-        with pytest.raises(RuntimeError, match="partial_window_chain: masks must be contiguous uint8"):
+    strided = torch.ones(1, 1, 8, 16, dtype=torch.uint8)[..., ::2]
+    for mask, sentence in ((torch.ones(1, 1, 8, 8), "masks must be uint8"), (strided, "masks must be contiguous")):
+        with pytest.raises(RuntimeError, match=f"partial_window_chain: {sentence}"):
             ops.partial_window_chain([mask.to(device)], step([0], 3).flat())

@@ -80,6 +80,9 @@ def test_normed_operator(backend: str, device: torch.device, name: str) -> None:
     rest = (list(s.case.upsample), *map(list, geometry[1:]), s.case.groups, [0] * len(s.x), "relu", 0.0, 4096, None)
     given = ([x.detach() for x in s.x], list(window.planes), window.counts, s.weight.detach(), *norm, 1e-5, *rest)
     torch.library.opcheck(torch.ops.fused_inpaint.partial_conv2d_normed, given)
+    given[3].requires_grad_()
+    with pytest.raises(RuntimeError, match="partial_conv2d_normed: grad mode must be off, got a backward"):
+        torch.ops.fused_inpaint.partial_conv2d_normed(*given).sum().backward()
     with pytest.raises(RuntimeError, match="norm_constants: weight, bias, mean and var must be contiguous, of one"):
         torch.ops.fused_inpaint.partial_conv2d_normed(*given[:6], norm[2].double(), *given[7:])
 

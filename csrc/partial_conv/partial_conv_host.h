@@ -247,10 +247,8 @@ Gradients zero_gradients(const std::vector<Tensor>& sources, const Tensor& weigh
                          bool need_weight) {
   Gradients g;
   for (const Tensor& s : sources)
-    g.sources.push_back(need_sources ? zeros_like_size({s.size(0), s.size(1), s.size(2), s.size(3)}, s)
-                                     : empty({0}, s.scalar_type(), s));
-  g.weight = need_weight ? zeros_like_size({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, weight)
-                         : empty({0}, weight.scalar_type(), weight);
+    g.sources.push_back(need_sources ? zeros_like_size(sizes(s), s) : empty({0}, s.scalar_type(), s));
+  g.weight = need_weight ? zeros_like_size(sizes(weight), weight) : empty({0}, weight.scalar_type(), weight);
   return g;
 }
 
@@ -357,8 +355,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> partial_conv2d_masked(
     std::optional<Tensor> scale, Ints upsample, Ints stride, Ints padding, Ints dilation, int64_t groups, Ints zeroed,
     std::string activation, double slope, int64_t fold_from, std::optional<std::vector<Tensor>> packed_weights) {
   const char* op = "partial_conv2d";
-  STD_TORCH_CHECK(sources.size() == masks.size() && weight.dim() == 4, op,
-                  ": sources and masks must be of one length, and weight of 4 dimensions");
+  STD_TORCH_CHECK(!sources.empty() && sources.size() == masks.size() && weight.dim() == 4, op,
+                  ": sources and masks must be of one length, at least 1, and weight of 4 dimensions");
   Ints channels;
   for (size_t i = 0; i < sources.size(); ++i) {
     STD_TORCH_CHECK(sources[i].dim() == 4 && masks[i].device() == weight.device(), op,

@@ -23,8 +23,8 @@ __global__ void pack_bytes_kernel(const uint8_t* mask, uint8_t* plane, unsigned 
 
 struct Source {
   const void* mask;
-  uint8_t* packed;                                        // where the mask goes as bytes, or null
-  int bytes, shared, batch, planes, h, w, shift, weight;  // shift: 1 if upsampled; weight: channels of a plane
+  int planes, h, w, weight;      // weight: channels that a plane stands for
+  uint8_t bytes, shared, shift;  // bytes: of an element; shift: 1 if upsampled
 };
 
 struct Step {
@@ -33,12 +33,12 @@ struct Step {
   int kernel[2], stride[2], padding[2], dilation[2];
   int32_t* counts;
   void* valid;
-  MaskType type;  // of valid
   __device__ unsigned pixels() const { return static_cast<unsigned>(out_h) * out_w; }
 };
 
 // Steps that one launch does: as many as fit into its 4 KB of arguments.
 constexpr int kMostSteps = 4000 / sizeof(Step);
+static_assert(kMostSteps >= 12, "a U-Net's small steps are to be one launch");
 struct Run {
   Step step[kMostSteps];
   int steps;
@@ -75,7 +75,7 @@ __device__ unsigned sum_source(const Step& g, const Source& m, unsigned n, int t
 }
 
 template <int K>
-__device__ void sum_window(const Step& g, unsigned n, unsigned pixel) {
+__device__ void sum_window(const Step& g, MaskType valid, unsigned n, unsigned pixel) {
   const int top = static_cast<int>(pixel / g.out_w) * g.stride[0] - g.padding[0];
   const int left = static_cast<int>(pixel % g.out_w) * g.stride[1] - g.padding[1];
   unsigned total = 0;
@@ -83,21 +83,27 @@ __device__ void sum_window(const Step& g, unsigned n, unsigned pixel) {
     total += with_bits(g.source[s].bytes, [&]<typename U>() { return sum_source<K, U>(g, g.source[s], n, top, left); });
   const unsigned at = n * g.pixels() + pixel;
   g.counts[at] = total;
-  write_bits(g.valid, g.type.bytes, at, total > 0 ? g.type.one : 0);
+  write_bits(g.valid, valid.bytes, at, total > 0 ? valid.one : 0);
 }
 
+// What a layer on its own has beside a step: the type of its new mask, and where its masks go as bytes, if they do.
+struct Packing {
+  MaskType valid;
+  uint8_t* to[kMostSources];
+  unsigned values[kMostSources];
+};
+
 template <int K>
-__global__ void window_kernel(const __grid_constant__ Step step, unsigned batch) {
+__global__ void window_kernel(const __grid_constant__ Step step, const __grid_constant__ Packing packing,
+                              unsigned batch) {
   const unsigned pixels = step.pixels();
   for (unsigned n = blockIdx.y; n < batch; n += gridDim.y)
-    for (unsigned pixel = global_thread(); pixel < pixels; pixel += all_threads()) sum_window<K>(step, n, pixel);
-  for (int s = 0; s < step.sources; ++s) {
-    const Source& m = step.source[s];
-    if (!m.packed) continue;
-    const unsigned values = static_cast<unsigned>(m.batch) * m.planes * m.h * m.w;
-    for (unsigned i = blockIdx.y * all_threads() + global_thread(); i < values; i += gridDim.y * all_threads())
-      m.packed[i] = holds_value(m.mask, m.bytes, i);
-  }
+    for (unsigned pixel = global_thread(); pixel < pixels; pixel += all_threads())
+      sum_window<K>(step, packing.valid, n, pixel);
+  for (int s = 0; s < step.sources; ++s)
+    for (unsigned i = blockIdx.y * all_threads() + global_thread(); i < packing.values[s];
+         i += gridDim.y * all_threads())
+      packing.to[s][i] = holds_value(step.source[s].mask, step.source[s].bytes, i);
 }
 
 // A map of at most so many pixels is a step for one block, a pixel for each thread: it takes less than a launch does.
@@ -106,7 +112,7 @@ constexpr unsigned kSmall = 1024;
 // One block for each sample, whose masks depend on no other.
 __global__ void __launch_bounds__(kSmall) window_run_kernel(const __grid_constant__ Run run) {
   for (int s = 0; s < run.steps; ++s) {
-    if (threadIdx.x < run.step[s].pixels()) sum_window<0>(run.step[s], blockIdx.x, threadIdx.x);
+    if (threadIdx.x < run.step[s].pixels()) sum_window<0>(run.step[s], MaskType{1, 1}, blockIdx.x, threadIdx.x);
     __syncthreads();  // the next step reads what this one wrote
   }
 }
@@ -121,15 +127,13 @@ Step describe(WindowStep& step) {
   for (const Tensor& m : step.masks) {
     const int i = g.sources++;
     g.source[i] = {m.const_data_ptr(),
-                   step.planes.empty() ? nullptr : mutable_data<uint8_t>(step.planes[i]),
-                   mask_type("partial_window", m.scalar_type()).bytes,
-                   m.size(0) == 1,
-                   static_cast<int>(m.size(0)),
                    static_cast<int>(m.size(1)),
                    static_cast<int>(m.size(2)),
                    static_cast<int>(m.size(3)),
-                   step.upsample[i] == 2,
-                   static_cast<int>(step.channels[i] / m.size(1))};
+                   static_cast<int>(step.channels[i] / m.size(1)),
+                   static_cast<uint8_t>(mask_type("partial_window", m.scalar_type()).bytes),
+                   m.size(0) == 1,
+                   step.upsample[i] == 2};
   }
   g.h = g.source[0].h << g.source[0].shift;
   g.w = g.source[0].w << g.source[0].shift;
@@ -139,7 +143,6 @@ Step describe(WindowStep& step) {
   pair(g.dilation, step.dilation);
   g.counts = mutable_data<int32_t>(step.counts);
   g.valid = step.valid.mutable_data_ptr();
-  g.type = mask_type("partial_window", step.valid.scalar_type());
   return g;
 }
 
@@ -171,18 +174,28 @@ void sum_windows(std::vector<WindowStep>& steps) {
   };
   for (WindowStep& step : steps) {
     const unsigned batch = static_cast<unsigned>(step.counts.size(0));
-    const bool packs = !step.planes.empty();
-    if (batch == 0 && !packs) continue;
+    const bool alone = !step.planes.empty();
+    if (batch == 0 && !alone) continue;
     const int64_t pixels = step.counts.size(2) * step.counts.size(3);
-    const bool small = pixels <= kSmall && !packs;
+    const bool small = pixels <= kSmall && !alone;
     if (!small || run.steps == kMostSteps || batch != blocks) flush();
     if (small) {
       run.step[run.steps++] = describe(step);
       blocks = batch;
     } else {
       const Step g = describe(step);
-      const dim3 grid(blocks_for(pixels).x, std::clamp(batch, 1u, 65535u));
-      with_side(g, [&]<int K>() { FUSED_INPAINT_LAUNCH(window_kernel<K>, grid, dim3(kThreads), 0, stream, g, batch); });
+      const unsigned samples = std::clamp(batch, 1u, 65535u);
+      Packing packing{mask_type("partial_window", step.valid.scalar_type()), {}, {}};
+      int64_t items = pixels;  // for each of the grid's samples
+      for (size_t i = 0; i < step.planes.size(); ++i) {
+        packing.to[i] = mutable_data<uint8_t>(step.planes[i]);
+        packing.values[i] = index32(step.planes[i].numel());
+        items = std::max(items, ceil_div(step.planes[i].numel(), samples));
+      }
+      const dim3 grid(blocks_for(items).x, samples);
+      with_side(g, [&]<int K>() {
+        FUSED_INPAINT_LAUNCH(window_kernel<K>, grid, dim3(kThreads), 0, stream, g, packing, batch);
+      });
     }
   }
   flush();
@@ -212,6 +225,7 @@ MaskWindow window_of_masks(const char* op, const std::vector<Tensor>& masks, con
                            const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation) {
   std::vector<Tensor> given, planes;
   for (const Tensor& mask : masks) {
+    mask_type(op, mask.scalar_type());  // refuses what is none
     given.push_back(dense(mask));
     planes.push_back(empty_of_size(mask, ScalarType::Byte));
   }

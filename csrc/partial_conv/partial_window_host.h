@@ -39,8 +39,7 @@ void check_masks(const char* op, const std::vector<Tensor>& masks, const Ints& c
 }
 
 void check_planes(const char* op, const std::vector<Tensor>& masks) {
-  for (const Tensor& m : masks)
-    STD_TORCH_CHECK(m.scalar_type() == ScalarType::Byte && m.is_contiguous(), op, ": masks must be contiguous uint8");
+  for (const Tensor& m : masks) STD_TORCH_CHECK(m.scalar_type() == ScalarType::Byte, op, ": masks must be uint8");
 }
 
 // A step that is safe to run, its results allocated.

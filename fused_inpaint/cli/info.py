@@ -41,7 +41,7 @@ def collect() -> dict[str, dict[str, Any]]:
         _backends.require_runnable()
         backends["selected"] = _backends.selected()
     except (ValueError, _backends.NoBackendError) as error:
-        backends["selected"] = f"none: {error}"
+        backends["selected"] = f"none: FUSED_INPAINT_BACKEND: {error}"
     machine = {
         "platform": platform.platform(),
         "cpu": _cpu_name(),

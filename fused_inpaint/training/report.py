@@ -108,7 +108,7 @@ def _shown(cell: Cell | None, intervals: bool) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """Sentences: what FID is, what is left out, and where the intervals say little."""
+    """Sentences: what FID is, and what is left out."""
     lines = []
     if results.fid:
         values = ", ".join(f"{name} {value:.2f}" for name, value in results.fid.items())
@@ -117,14 +117,17 @@ def notes(results: Results) -> list[str]:
     cases = len({(score.photo, score.mask) for score in results.scores})
     for sentences in results.unfilled.values():
         lines.append(f"{sentences[0]} ({len(sentences)} of {cases} images)")
-    lines += results.left_out
-    images: dict[tuple[str, str], set[tuple[str, str]]] = {}
-    for score in results.scores:
-        images.setdefault((score.bucket, score.place), set()).add((score.photo, score.mask))
-    few = sum(len(found) < FEW for found in images.values())
-    if few:
-        lines.append(f"{few} of {len(images)} classes have fewer than {FEW} images, too few for a 95 % interval")
-    return lines
+    return [*lines, *results.left_out]
+
+
+def _few(cells: list[Cell]) -> str:
+    """A paragraph on classes whose intervals say little; empty if there are none."""
+    least: dict[tuple[str, str], int] = {}
+    for cell in cells:
+        at = (cell.bucket, cell.place)
+        least[at] = min(cell.images, least.get(at, cell.images))
+    few = sum(images < FEW for images in least.values())
+    return f"Fewer than {FEW} images, too few for an interval: {few} of {len(least)} classes.\n\n" if few else ""
 
 
 def markdown(results: Results, cells: list[Cell], about: dict[str, Any]) -> str:
@@ -134,7 +137,7 @@ def markdown(results: Results, cells: list[Cell], about: dict[str, Any]) -> str:
     return (
         f"# Evaluation\n\n{said}\n## Means over images\n\n{table(cells)}\n\n"
         f"{'; '.join(_places(about.get('border', '–')))}.\n\n"
-        f"{listed}\n## With 95 % bootstrap intervals\n\n{table(cells, intervals=True)}\n"
+        f"{listed}\n## With 95 % bootstrap intervals\n\n{_few(cells)}{table(cells, intervals=True)}\n"
     )
 
 

@@ -27,7 +27,7 @@ def run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor,
 
 def _run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor, Tensor]:
     _, sources, masks, _, weight, _, window, _, epilogue, _ = given
-    kernel, dtype, rounded, inner, casts, fold_from, geometry = plan[:7]
+    kernel, inner, fold_from, geometry = plan.kernel, plan.inner, plan.fold_from, plan.geometry
     statistics = epilogue.norm is not None and epilogue.norm.training
     if window is not None:
         planes = list(window.planes)
@@ -43,16 +43,16 @@ def _run(plan: Plan, given: Inputs, packed: PackedWeight | None) -> tuple[Tensor
             fold_from = routes.fold_from("plain", packed.fold)
         else:
             packed = None
-    if casts:
-        sources = [_to(_to(s, rounded), inner) for s in sources]
+    if plan.casts:
+        sources = [_to(_to(s, plan.rounded), inner) for s in sources]
         if packed is None or torch.is_grad_enabled():  # else the weight itself is but looked at
-            weight = _to(_to(weight, rounded), inner)
+            weight = _to(_to(weight, plan.rounded), inner)
     layer = Layer(sources, planes, window, weight, geometry)
     if statistics:
         y, mask = _with_batch_statistics(kernel, layer, epilogue, fold_from, plan.rows)
     else:
         y, mask = _with_constants(plan, layer, given, fold_from, packed)
-    return y if y.dtype == dtype else y.to(dtype), mask if window is None else window.mask
+    return _to(y, plan.dtype), mask if window is None else window.mask
 
 
 def _to(t: Tensor, dtype: torch.dtype) -> Tensor:

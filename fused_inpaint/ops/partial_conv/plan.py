@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 _plans: dict[tuple[object, ...], Plan] = {}
 _chains: set[tuple[object, ...]] = set()
 _MOST = 4096  # of each
-# Whether any device has autocast, which is quicker to ask than whether one has.
+# Whether a device has autocast, which is quicker to ask than whether a certain one has; torch leaves some devices out.
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _PLAIN = {int, float, str, bool, type(None)}  # the types of what may be kept: others have no hash, or no lasting one
 
@@ -101,8 +101,8 @@ def _facts(given: Inputs, selected: str) -> tuple[object, ...] | None:
     op, sources, masks, _, weight, bias, window, geometry, epilogue, fold = given
     upsample, stride, padding, dilation, groups, zeroed = geometry
     activation, slope, norm = epilogue
-    facts: list[object] = [op, selected, activation, slope, fold, groups, *upsample, None, *zeroed, None]
-    plain: list[object] = facts[2:-1]
+    plain: list[object] = [activation, slope, fold, groups, *upsample, *zeroed]
+    facts: list[object] = [op, selected, len(upsample), len(zeroed), *plain]
     for value in (stride, padding, dilation):
         if isinstance(value, tuple | list):
             facts.append(tuple(value))
@@ -132,8 +132,9 @@ def _facts(given: Inputs, selected: str) -> tuple[object, ...] | None:
     kinds = tuple(map(type, plain))
     if not _PLAIN.issuperset(kinds):
         return None
-    autocast = autocast_dtype(weight.device.type) if _any_autocast() else None
-    facts += (kinds, autocast, bias is None, masks is None or len(masks), len(sources))
+    none = (weight.is_cpu or weight.is_cuda) and not _any_autocast()
+    autocast = None if none else autocast_dtype(weight.device.type)
+    facts += (kinds, autocast, bias is None, None if masks is None else len(masks), len(sources))
     try:
         for t in tensors:
             facts += (t.shape, t.dtype, t.device)

@@ -100,6 +100,10 @@ def _track_fake(*_: Any) -> None:
     return None
 
 
+def _normed_backward(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError("partial_conv2d_normed: grad mode must be off, got a backward; it is for inference")
+
+
 def save(ctx: Any, sources: Sequence[Tensor], masks: Sequence[Tensor], *tensors: Tensor | None) -> None:
     ctx.n = len(sources)
     ctx.save_for_backward(*sources, *masks, *tensors)
@@ -236,11 +240,12 @@ define(
     _conv_backward,
     conv_setup,
 )
-# Without a derivative: for inference.
 define(
     "partial_conv2d_normed(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor norm_weight, "
     f"Tensor norm_bias, Tensor mean, Tensor var, float eps, {GEOMETRY}, {EPILOGUE}, Tensor[]? packed) -> Tensor",
     _conv_fake,
+    _normed_backward,
+    lambda ctx, inputs, output: None,
 )
 define(
     "partial_conv2d_backward(Tensor grad, Tensor y, Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, "
