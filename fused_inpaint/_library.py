@@ -15,7 +15,7 @@ _registered = torch.ops.fused_inpaint
 
 class _Operators:
     """The operators by name, as `torch.ops.fused_inpaint` has them; those with a derivative go a shorter way in eager
-    mode (see `_Derivative`)."""
+    mode (see `_shortcut`)."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_registered, name)
@@ -40,7 +40,7 @@ def define(
     if backward is not None:
         assert setup_context is not None
         torch.library.register_autograd(full, backward, setup_context=setup_context, lib=library)
-        derivative = _Derivative(operator, backward, setup_context)
+        derivative = _shortcut(operator, backward, setup_context)
     setattr(ops, name, _outside_of_transforms(name, operator, derivative))
 
 
@@ -63,77 +63,78 @@ def is_eager() -> bool:
 _OF_TENSORS = ("Tensor", "Optional[Tensor]", "List[Tensor]")
 
 
-class _Derivative:
-    """An operator with the same derivative, entered without the dispatcher, for eager calls (`is_eager`).
+def _shortcut(
+    operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[[tuple[Any, ...]], Any]:
+    """The operator with the same derivative, entered without the dispatcher, for eager calls (`is_eager`).
 
     `register_autograd` walks through the arguments' structure in Python several times a call, hundreds of microseconds
     where there are lists of tensors: more than the kernels take.
     """
+    kinds = [str(argument.type) for argument in operator._schema.arguments]
+    # Where tensors are, and whether as a list.
+    slots = [(i, kind == "List[Tensor]") for i, kind in enumerate(kinds) if kind in _OF_TENSORS]
 
-    def __init__(self, operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        kinds = [str(argument.type) for argument in operator._schema.arguments]
-        # Where tensors are, and whether as a list.
-        self._slots = slots = [(i, kind == "List[Tensor]") for i, kind in enumerate(kinds) if kind in _OF_TENSORS]
+    def forward(ctx: Any, arguments: tuple[Any, ...], *_: Any) -> Any:
+        with _below_autograd():
+            output = operator(*arguments)
+        setup_context(ctx=ctx, inputs=arguments, output=output)
+        ctx.lengths = [len(arguments[i]) for i, is_list in slots if is_list]
+        return output
 
-        def forward(ctx: Any, arguments: tuple[Any, ...], *_: Any) -> Any:
-            with _below_autograd():
-                output = operator(*arguments)
-            setup_context(ctx=ctx, inputs=arguments, output=output)
-            ctx.lengths = [len(arguments[i]) for i, is_list in slots if is_list]
-            return output
+    def derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        flat = ctx.needs_input_grad
+        needs: list[Any] = [False] * len(kinds)
+        lengths, at = iter(ctx.lengths), 1
+        for i, is_list in slots:
+            if is_list:
+                end = at + next(lengths)
+                needs[i] = list(flat[at:end])
+                at = end
+            else:
+                needs[i] = flat[at]
+                at += 1
+        ctx.needs_input_grad = needs
+        try:
+            found = backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = flat
+        if not isinstance(found, tuple):
+            found = (found,)
+        assert len(found) == len(kinds)
+        gradients: list[Any] = [None]
+        for i, is_list in slots:
+            if is_list:
+                gradients += found[i]
+            else:
+                gradients.append(found[i])
+        return tuple(gradients)
 
-        def derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            flat = ctx.needs_input_grad
-            needs: list[Any] = [False] * len(kinds)
-            lengths, at = iter(ctx.lengths), 1
-            for i, is_list in slots:
-                if is_list:
-                    end = at + next(lengths)
-                    needs[i] = list(flat[at:end])
-                    at = end
-                else:
-                    needs[i] = flat[at]
-                    at += 1
-            ctx.needs_input_grad = needs
-            try:
-                found = backward(ctx, *grads)
-            finally:
-                ctx.needs_input_grad = flat
-            if not isinstance(found, tuple):
-                found = (found,)
-            assert len(found) == len(kinds)
-            gradients: list[Any] = [None]
-            for i, is_list in slots:
-                if is_list:
-                    gradients += found[i]
-                else:
-                    gradients.append(found[i])
-            return tuple(gradients)
+    name = "Backward_" + operator._schema.name.replace("::", "_")
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+    # Function's own `apply` looks for functorch's transforms first, which `is_eager` has done.
+    apply = super(torch.autograd.Function, function).apply
 
-        name = "Backward_" + operator._schema.name.replace("::", "_")
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
-        function: Any = type(name, (torch.autograd.Function,), methods)
-        # Function's own `apply` looks for functorch's transforms first, which `is_eager` has done.
-        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def __call__(self, arguments: tuple[Any, ...]) -> Any:
+    def enter(arguments: tuple[Any, ...]) -> Any:
         flat: list[Any] = []
-        for i, is_list in self._slots:
+        for i, is_list in slots:
             if is_list:
                 flat += arguments[i]
             else:
                 flat.append(arguments[i])
-        return self._apply(arguments, *flat)
+        return apply(arguments, *flat)
+
+    return enter
 
 
 def tangents_exist() -> bool:
     """Whether a tensor may have one: within `forward_ad.dual_level`."""
-    level: int = getattr(forward_ad, "_current_level", -1)
-    return level >= 0
+    return bool(getattr(forward_ad, "_current_level", -1) >= 0)
 
 
 def _outside_of_transforms(
-    name: str, operator: Callable[..., Any], derivative: _Derivative | None
+    name: str, operator: Callable[..., Any], derivative: Callable[[tuple[Any, ...]], Any] | None
 ) -> Callable[..., Any]:
     """The operator, by its shorter way where that is open, refusing what it has no rule for: tangents, which it would
     drop without a word, and torch.func."""

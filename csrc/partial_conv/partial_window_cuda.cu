@@ -12,13 +12,13 @@ namespace {
 
 constexpr int kMostSources = 8;  // of a step: its descriptor is passed by value
 
-template <typename T>
-__global__ void pack_kernel(const T* mask, uint8_t* plane, unsigned n) {
-  for (unsigned i = global_thread(); i < n; i += all_threads()) plane[i] = load(mask[i]) != 0;
+// By the threads `first`, `first` + `step`, ...
+__device__ void pack(const void* mask, int bytes, uint8_t* plane, unsigned n, unsigned first, unsigned step) {
+  for (unsigned i = first; i < n; i += step) plane[i] = holds_value(mask, bytes, i);
 }
 
-__global__ void pack_bytes_kernel(const uint8_t* mask, uint8_t* plane, unsigned n) {
-  for (unsigned i = global_thread(); i < n; i += all_threads()) plane[i] = mask[i] != 0;
+__global__ void pack_kernel(const void* mask, int bytes, uint8_t* plane, unsigned n) {
+  pack(mask, bytes, plane, n, global_thread(), all_threads());
 }
 
 struct Source {
@@ -101,9 +101,8 @@ __global__ void window_kernel(const __grid_constant__ Step step, const __grid_co
     for (unsigned pixel = global_thread(); pixel < pixels; pixel += all_threads())
       sum_window<K>(step, packing.valid, n, pixel);
   for (int s = 0; s < step.sources; ++s)
-    for (unsigned i = blockIdx.y * all_threads() + global_thread(); i < packing.values[s];
-         i += gridDim.y * all_threads())
-      packing.to[s][i] = holds_value(step.source[s].mask, step.source[s].bytes, i);
+    pack(step.source[s].mask, step.source[s].bytes, packing.to[s], packing.values[s],
+         blockIdx.y * all_threads() + global_thread(), gridDim.y * all_threads());
 }
 
 // A map of at most so many pixels is a step for one block, a pixel for each thread: it takes less than a launch does.
@@ -205,18 +204,13 @@ void sum_windows(std::vector<WindowStep>& steps) {
 
 Tensor mask_plane(Tensor mask, std::string) {
   const DeviceGuard guard(mask);
+  const int bytes = mask_type("mask_plane", mask.scalar_type()).bytes;
   const Tensor given = dense(mask);
   Tensor plane = empty_of_size(mask, ScalarType::Byte);
   if (plane.numel() == 0) return plane;
   const unsigned n = index32(plane.numel());
-  if (mask.scalar_type() == ScalarType::Bool || mask.scalar_type() == ScalarType::Byte)
-    FUSED_INPAINT_LAUNCH(pack_bytes_kernel, blocks_for(n), dim3(kThreads), 0, current_stream(mask),
-                         data<uint8_t>(given), mutable_data<uint8_t>(plane), n);
-  else
-    dispatch_cuda(mask.scalar_type(), [&]<typename T>() {
-      FUSED_INPAINT_LAUNCH(pack_kernel<T>, blocks_for(n), dim3(kThreads), 0, current_stream(mask), data<T>(given),
-                           mutable_data<uint8_t>(plane), n);
-    });
+  FUSED_INPAINT_LAUNCH(pack_kernel, blocks_for(n), dim3(kThreads), 0, current_stream(mask), given.const_data_ptr(),
+                       bytes, mutable_data<uint8_t>(plane), n);
   return plane;
 }
 

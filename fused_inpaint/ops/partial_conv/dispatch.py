@@ -74,7 +74,7 @@ def _with_constants(
 ) -> tuple[Tensor, Tensor]:
     kernel, epilogue, norm = plan.kernel, given.epilogue, given.epilogue.norm
     sources, masks, window, weight, geometry = layer
-    if plan.normed and plan.eager and not torch.is_grad_enabled():
+    if plan.normed and not torch.is_grad_enabled():
         assert window is not None and norm is not None
         y = ops.partial_conv2d_normed(
             sources,

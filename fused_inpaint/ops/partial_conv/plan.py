@@ -157,7 +157,7 @@ def _decide(given: Inputs, geometry: Geometry, selected: str, eager: bool) -> Pl
     autocast = autocast_dtype(weight.device.type) is not None
     fold_from = routes.fold_from("plain" if oneDNN else "gpu", fold)
     casts = any(t.dtype != kind for t in (*sources, weight) for kind in (rounded, inner))
-    normed = kernel == "vendor" and window is not None and _is_fixed(epilogue.norm, wide_of(inner))
+    normed = eager and kernel == "vendor" and window is not None and _is_fixed(epilogue.norm, wide_of(inner))
     return Plan(kernel, dtype, rounded, inner, casts, fold_from, geometry, oneDNN, autocast, call.rows, normed, eager)
 
 
