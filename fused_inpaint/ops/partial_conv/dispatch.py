@@ -131,7 +131,7 @@ def _as_constants(
     """(weight, bias, scale) of the epilogue; a batch norm with fixed statistics is a scale and a bias."""
     wide = wide_of(weight.dtype)
     if norm is None:
-        return weight, None if bias is None else _to(bias, wide), None
+        return weight, None if bias is None else _to(bias, wide).contiguous(), None
     assert norm.running_mean is not None and norm.running_var is not None
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     trained = torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad)
@@ -162,7 +162,7 @@ def _with_batch_statistics(
     sources, masks, window, weight, geometry = layer
     norm = epilogue.norm
     assert norm is not None
-    gain, shift = norm.weight.to(wide_of(weight.dtype)), norm.bias.to(wide_of(weight.dtype))
+    gain, shift = (t.to(wide_of(weight.dtype)).contiguous() for t in norm[:2])
     if kernel == "triton":  # statistics need the whole map first, so nothing can follow in the same launch
         v, counts, mask = _triton(layer, None, None, Epilogue("none", 0.0, None), fold_from)
         y, mean, var = reference.batch_norm(v.to(gain.dtype), counts, gain, shift, norm.eps, *epilogue[:2])
