@@ -179,6 +179,14 @@ def test_interrupt_leaves_nothing_behind(folder):
     assert sorted(os.listdir()) == ["mask.png", "photo.png"]
 
 
+def test_output_that_nobody_reads():
+    command = [sys.executable, "-m", "fused_inpaint", "info"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head` does, once it has enough
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
+    process.stderr.close()
+
+
 def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

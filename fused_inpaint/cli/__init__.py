@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from .. import __version__
@@ -31,16 +32,21 @@ def _check_backend() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 something the user can put right (one sentence on stderr), 130 interrupted."""
+    """Exit codes: 0 done, 2 something the user can put right (one sentence on stderr), 130 interrupted, 141 nobody reads
+    the output any more."""
     arguments = parser().parse_args(argv)
     try:
         if arguments.verb != "info":  # which is asked what is wrong
             _check_backend()
         arguments.run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         print(f"fused-inpaint {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\nfused-inpaint {arguments.verb}: interrupted, {str(interrupt) or 'nothing written'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        return 141
     return 0
