@@ -29,8 +29,10 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    flops: Callable[[dict[str, Any], Any], int] | None = None,
 ) -> None:
-    """Define one operator: its schema, the shapes of its outputs, and its derivative if it has one."""
+    """Define one operator: its schema, the shapes of its outputs, its derivative if it has one, and the operations of a
+    call by its named arguments and its output, if torch's counter is to count them."""
     name = schema.split("(")[0]
     full = "fused_inpaint::" + name
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -42,6 +44,8 @@ def define(
         torch.library.register_autograd(full, backward, setup_context=setup_context, lib=library)
         derivative = _shortcut(operator, backward, setup_context)
     setattr(ops, name, _outside_of_transforms(name, operator, derivative))
+    if flops is not None:
+        _flop_formulas[getattr(_registered, name)] = _formula(operator, flops)
 
 
 # What torch itself enters an operator's derivative with; without them, the registered way is the only one. Looked up
@@ -51,6 +55,7 @@ _any_requires_grad: Any = getattr(torch._C, "_any_requires_grad", None)
 _transforms_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 _is_tracing: Any = getattr(torch._C, "_is_tracing", None)
 _modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_mode_stack: Any = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
 _HAS_SHORTCUT = None not in (_below_autograd, _any_requires_grad, _transforms_active, _is_tracing, _modes)
 
 
@@ -128,6 +133,27 @@ def _shortcut(
     return enter
 
 
+_flop_formulas: dict[Any, Callable[..., int]] = {}
+
+
+def _formula(operator: Any, flops: Callable[[dict[str, Any], Any], int]) -> Callable[..., int]:
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def formula(*arguments: Any, out_val: Any = None, **named: Any) -> int:
+        return flops({**dict(zip(names, arguments, strict=False)), **named}, out_val)
+
+    return formula
+
+
+def _tell_counters() -> None:
+    """Let the `FlopCounterMode`s that are active count the operators. A counter takes its formulas when it is made, and
+    registering them in its module beforehand would import Triton."""
+    for mode in _mode_stack() if _mode_stack is not None else ():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if registry is not None:
+            registry.update({packet: f for packet, f in _flop_formulas.items() if packet not in registry})
+
+
 def tangents_exist() -> bool:
     """Whether a tensor may have one: within `forward_ad.dual_level`."""
     return bool(getattr(forward_ad, "_current_level", -1) >= 0)
@@ -155,6 +181,8 @@ def _outside_of_transforms(
                     f"{name}: tensors must be outside of torch.func's transforms, got one within; "
                     'use_backend("reference") has them'
                 )
+            if not torch.compiler.is_compiling():
+                _tell_counters()
             output = operator(*arguments)
         # What is made of masks has no derivative.
         dual = tangents_exist() and _any(Tensor.is_floating_point, output)

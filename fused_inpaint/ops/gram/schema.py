@@ -14,6 +14,7 @@ from torch import Tensor
 from ..._library import define, implement, implement_in_triton
 from ..._library import ops as ops
 from ..derivative import by_reference, wants_graph
+from ..flops import products
 from . import reference, tiles
 
 
@@ -71,13 +72,30 @@ def _positions_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor 
     return *found, None, None
 
 
-define("gram_l1_channels(Tensor a, Tensor b) -> (Tensor, Tensor)", _channels_fake, _channels_backward, _setup)
+def _channels_flops(given: dict[str, Any], _: Any) -> int:
+    n, c, h, w = given["a"].shape
+    return 2 * products(n, c, c, h * w)
+
+
+def _positions_flops(given: dict[str, Any], _: Any) -> int:
+    n, c, h, w = given["a"].shape
+    return (2 + given["need_a"] + given["need_b"]) * products(n, h * w, h * w, c)
+
+
+define(
+    "gram_l1_channels(Tensor a, Tensor b) -> (Tensor, Tensor)",
+    _channels_fake,
+    _channels_backward,
+    _setup,
+    _channels_flops,
+)
 for suffix in ("", "_triton"):
     define(
         f"gram_l1_positions{suffix}(Tensor a, Tensor b, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
         _positions_fake,
         _positions_backward,
         _setup,
+        _positions_flops,
     )
 
 kernels: tuple[Callable[..., Any], ...] = (tiles.gram_l1_channels, tiles.gram_l1_positions)

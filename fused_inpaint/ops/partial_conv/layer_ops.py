@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._library import define, implement
 from ..checks import output_size
+from ..flops import convolution
 from . import routes
 from .schema import EPILOGUE, GEOMETRY, channels_last, conv_setup, gradients, joint_batch, save
 
@@ -109,6 +110,7 @@ define(
     _masked_fake,
     _layer_backward,
     _masked_setup,
+    convolution,
 )
 define(
     "partial_conv2d_direct(Tensor[] sources, Tensor[] masks, Tensor weight, Tensor? bias, Tensor? scale, "
@@ -116,6 +118,7 @@ define(
     _direct_fake,
     _layer_backward,
     _direct_setup,
+    convolution,
 )
 define(
     "partial_conv2d_triton(Tensor[] sources, Tensor[] masks, Tensor? count, Tensor weight, Tensor? bias, "
@@ -123,5 +126,6 @@ define(
     _triton_fake,
     _layer_backward,
     _triton_setup,
+    convolution,
 )
 implement("partial_conv2d_triton", _triton)

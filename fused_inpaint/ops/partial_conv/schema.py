@@ -11,6 +11,7 @@ from ..._library import define
 from ..._library import ops as ops
 from ..checks import output_size
 from ..derivative import by_reference, has_kernels, wants_graph
+from ..flops import convolution, convolution_backward
 from . import reference
 
 GEOMETRY = "int[] upsample, int[] stride, int[] padding, int[] dilation, int groups, int[] zeroed"
@@ -239,6 +240,7 @@ define(
     _conv_fake,
     _conv_backward,
     conv_setup,
+    convolution,
 )
 define(
     "partial_conv2d_normed(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor norm_weight, "
@@ -246,12 +248,14 @@ define(
     _conv_fake,
     _normed_backward,
     lambda ctx, inputs, output: None,
+    convolution,
 )
 define(
     "partial_conv2d_backward(Tensor grad, Tensor y, Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, "
     f"Tensor? scale, {GEOMETRY}, {EPILOGUE}, bool need_sources, bool need_weight, bool need_bias) "
     "-> (Tensor[], Tensor, Tensor)",
     _conv_backward_fake,
+    flops=convolution_backward,
 )
 define(
     "partial_conv2d_bn(Tensor[] sources, Tensor[] masks, Tensor count, Tensor weight, Tensor norm_weight, "
@@ -259,6 +263,7 @@ define(
     _bn_fake,
     _bn_backward,
     _bn_setup,
+    convolution,
 )
 define(
     "norm_track(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, "
@@ -270,4 +275,5 @@ define(
     f"Tensor count, Tensor weight, Tensor norm_weight, Tensor norm_bias, float eps, {GEOMETRY}, {EPILOGUE}, "
     "bool need_sources, bool need_weight) -> (Tensor[], Tensor, Tensor, Tensor)",
     _bn_backward_fake,
+    flops=convolution_backward,
 )

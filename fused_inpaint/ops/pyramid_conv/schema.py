@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._library import define, implement_in_triton
 from ..._library import ops as ops
 from ..derivative import by_reference, has_kernels, wants_graph
+from ..flops import convolution, convolution_backward
 from . import reference
 
 _GEOMETRY = "int[] dilations, str padding_mode, str activation"
@@ -53,10 +54,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 for suffix in ("", "_triton"):
     schema = f"pyramid_conv2d{suffix}(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor"
-    define(schema, _fake, _backward, _setup_context)
+    define(schema, _fake, _backward, _setup_context, convolution)
 define(
     f"pyramid_conv2d_backward(Tensor grad, Tensor y, Tensor x, Tensor weight, {_GEOMETRY}, bool need_x, "
     "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
+    flops=convolution_backward,
 )
 implement_in_triton(__package__, "pyramid_conv2d")

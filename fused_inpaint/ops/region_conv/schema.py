@@ -12,6 +12,7 @@ from ..._library import define, implement_in_triton
 from ..._library import ops as ops
 from ..checks import output_size
 from ..derivative import by_reference, has_kernels, wants_graph
+from ..flops import convolution, convolution_backward
 from . import reference
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, str padding_mode, str activation"
@@ -97,18 +98,21 @@ _OUTPUT = f"Tensor x, Tensor mask, Tensor weight, Tensor? bias, {_GEOMETRY}"
 _INPUT = f"Tensor existing, Tensor missing, Tensor mask, Tensor weight, Tensor? bias, int upsample, {_GEOMETRY}"
 
 for suffix in ("", "_triton"):
-    define(f"region_conv2d_output{suffix}({_OUTPUT}) -> Tensor", _output_fake, *_derivative("region_conv2d_output", 4))
-    define(f"region_conv2d_input{suffix}({_INPUT}) -> Tensor", _input_fake, *_derivative("region_conv2d_input", 5))
+    for name, given, fake, n in (("output", _OUTPUT, _output_fake, 4), ("input", _INPUT, _input_fake, 5)):
+        name = f"region_conv2d_{name}"
+        define(f"{name}{suffix}({given}) -> Tensor", fake, *_derivative(name, n), convolution)
 define(
     f"region_conv2d_output_backward(Tensor grad, Tensor y, Tensor x, Tensor mask, Tensor weight, {_GEOMETRY}, "
     "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _output_backward_fake,
+    flops=convolution_backward,
 )
 define(
     "region_conv2d_input_backward(Tensor grad, Tensor y, Tensor existing, Tensor missing, Tensor mask, Tensor weight, "
     f"int upsample, {_GEOMETRY}, bool need_existing, bool need_missing, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _input_backward_fake,
+    flops=convolution_backward,
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..._library import define
 from ..._library import ops as ops
 from ..derivative import by_reference
+from ..flops import convolution
 from . import reference
 
 
@@ -39,4 +40,5 @@ define(
     _fake,
     _backward,
     _setup_context,
+    convolution,
 )
