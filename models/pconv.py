@@ -41,15 +41,15 @@ class _Block(nn.Module):
         norm = self.norm
         if norm is not None and not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
             return norm(self.conv.block(x, window, holes_zero=holes_zero), window.mask)
+        if isinstance(norm, nn.SyncBatchNorm) and norm.training:  # whose statistics are those of several processes
+            y = norm(self.conv.block(x, window, holes_zero=holes_zero))
+            y = F.relu(y) if self.activation == "relu" else F.leaky_relu(y, SLOPE)
+            return torch.where(window.mask != 0, y, 0.0)
         batch_norm = None if norm is None else self._batch_norm(norm)
         epilogue = {"activation": self.activation, "slope": SLOPE, "batch_norm": batch_norm}
         return self.conv.block(x, window, holes_zero=holes_zero, **epilogue)
 
     def _batch_norm(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
-        if norm.training and isinstance(norm, nn.SyncBatchNorm):
-            raise ValueError(
-                "pconv: batch norm must be of one process, got SyncBatchNorm; its statistics are in the kernel"
-            )
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         momentum: float | Tensor = 0.0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes equal one on the joined batch: data-parallel training, and synchronised region normalization."""
+"""Several processes equal one on the joined batch: data-parallel training, also with sharded parameters, and region
+normalization that joins its statistics."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -45,7 +46,21 @@ def train(net: nn.Module, share: slice, size: int) -> None:
         optimizer.step()
 
 
-def worker(rank: int, world: int, backend: str, folder: str) -> None:
+def distributed(net: nn.Module, device: torch.device, sharded: bool) -> nn.Module:
+    if not sharded:
+        ids = None if device.type == "cpu" else [device.index]
+        return DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    net.to(memory_format=torch.contiguous_format)  # it takes no parameter in channels_last
+    for block in (*net.encoder, *net.decoder):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def worker(rank: int, world: int, backend: str, sharded: bool, folder: str) -> None:
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(minutes=2))
@@ -53,13 +68,13 @@ def worker(rank: int, world: int, backend: str, folder: str) -> None:
         if backend == "nccl":
             torch.cuda.set_device(rank)
             torch.backends.cudnn.allow_tf32 = False
-            net = network(torch.device("cuda", rank), torch.float32)
-            parallel = DistributedDataParallel(net, device_ids=[rank], gradient_as_bucket_view=True)
+            device, dtype = torch.device("cuda", rank), torch.float32
         else:
-            net = network(torch.device("cpu"), torch.float64)
-            parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
-        train(parallel, slice(rank * EACH, (rank + 1) * EACH), world * EACH)
-        torch.save({name: t.cpu() for name, t in net.state_dict().items()}, f"{folder}/{rank}.pt")
+            device, dtype = torch.device("cpu"), torch.float64
+        net = network(device, dtype)
+        train(distributed(net, device, sharded), slice(rank * EACH, (rank + 1) * EACH), world * EACH)
+        whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in net.state_dict().items()}
+        torch.save({name: t.cpu() for name, t in whole.items()}, f"{folder}/{rank}.pt")
         dist.barrier()  # Gloo aborts a process whose peer leaves while it is still taking that peer's connection.
     finally:
         dist.destroy_process_group()
@@ -75,9 +90,10 @@ def worker(rank: int, world: int, backend: str, folder: str) -> None:
         ),
     ],
 )
-def test_equals_one_process(backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_equals_one_process(backend: str, sharded: bool, tmp_path: Path) -> None:
     world = 2
-    torch.multiprocessing.spawn(worker, (world, backend, str(tmp_path)), nprocs=world)
+    torch.multiprocessing.spawn(worker, (world, backend, sharded, str(tmp_path)), nprocs=world)
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
     device, dtype = (torch.device("cpu"), torch.float64) if backend == "gloo" else (torch.device("cuda"), torch.float32)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import vectors
+from cases import assert_close
 from safetensors.torch import save_file
 from test_partial_conv import skip_unsupported
 from torch import Tensor, nn
@@ -246,11 +247,22 @@ def test_masks_fill_up_or_say_what_is_left() -> None:
     assert not empty.mask.any() and torch.isfinite(empty.image).all()
 
 
-def test_synchronised_batch_norm_is_refused() -> None:
-    """Its statistics would silently stay those of one process."""
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(models.build_model("pconv", levels=2, width=4)).train()
-    with pytest.raises(ValueError, match=r"^pconv: batch norm must be of one process, got SyncBatchNorm"):
-        net(torch.rand(2, 3, 8, 8), torch.ones(2, 1, 8, 8))
+def test_synchronised_batch_norm() -> None:
+    """Of one process it is batch norm."""
+    net = models.build_model("pconv", levels=2, width=4).net.double().train()
+    others = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in others.modules())
+    x, mask = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.ones(2, 1, 32, 32)
+    mask[0, :, 2:30, 1:30] = 0  # so that the norms have holes, too
+    for module in (net, others):
+        for _ in range(2):
+            module(x, mask)[0].square().mean().backward()
+    for name, expected in net.state_dict().items():
+        assert_close(others.state_dict()[name], expected, 1e-10, what=name)
+    for (name, p), (_, q) in zip(net.named_parameters(), others.named_parameters(), strict=True):
+        assert_close(q.grad, p.grad, 1e-10, what=name)
+    assert_close(others(x, mask)[0], net(x, mask)[0], 1e-10)
+    assert_close(others.eval()(x, mask)[0], net.eval()(x, mask)[0], 1e-10)
 
 
 def test_freeze_encoder_bn() -> None:

@@ -54,9 +54,9 @@ def prepack(module: nn.Module, enabled: bool = True) -> nn.Module:
     From then on a layer in eval mode and without gradients folds its weight and lays it out for oneDNN at its first
     call, and keeps the result beside the weight (up to 16/9 of its memory for a folded one, and again for the unfolded
     form if maps are small; twice that for a half type that the processor computes in float32).
-    Training is not affected, and weights that change (optimizer, `load_state_dict`, `.to`) are packed anew; only a
-    write through `weight.data` goes unnoticed, and needs a new `prepack`. `enabled=False` takes it back. Compiled and
-    exported graphs do not use packed weights.
+    Training is not affected, and weights that change (optimizer, `load_state_dict`, `.to`) are packed anew; only writes
+    that torch does not count go unnoticed (through `weight.data`, or by FSDP), and need a new `prepack`.
+    `enabled=False` takes it back. Compiled and exported graphs do not use packed weights.
 
     >>> import torch, fused_inpaint
     >>> layer = fused_inpaint.prepack(fused_inpaint.PartialConv2d(3, 8, 3).eval())
