@@ -32,8 +32,8 @@ def _check_backend() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 something the user can put right (one sentence on stderr), 130 interrupted, 141 nobody reads
-    the output any more."""
+    """Exit codes: 0 done, 2 something the user can put right (one sentence on stderr), 130 interrupted, 141 nobody
+    reads the output any more."""
     arguments = parser().parse_args(argv)
     try:
         if arguments.verb != "info":  # which is asked what is wrong
