@@ -26,7 +26,7 @@ VALUES = [
         "pyramid_conv",
     )
 ]
-SUITE = [*VALUES, "tests/test_library.py"] + [
+SUITE = [*VALUES, "tests/test_library.py", "tests/test_strides.py", "tests/test_flops.py"] + [
     f"tests/test_partial_conv_{part}.py" for part in ("numerics", "properties", "layers", "norm", "errors", "compile")
 ]
 emulated = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "available")
