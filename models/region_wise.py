@@ -42,6 +42,8 @@ _LEAST = 68  # a quarter of a side must exceed the padding of conv10, 16
 def _pad(x: Tensor, around: int, mode: str) -> Tensor:
     """(N, C, H, W), channels last, with `around` more pixels on each side."""
     # As a volume (H, W, C), which torch pads as it lies; maps it brings to NCHW and back, on a GPU and when compiled.
+    if x.size(0) == 0:  # which torch takes for maps alone
+        return F.pad(x, (around,) * 4, mode)
     volume = F.pad(x.permute(0, 2, 3, 1), (0, 0, around, around, around, around), mode)
     return volume.permute(0, 3, 1, 2)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_inpaint import models, ops, use_backend
+from fused_inpaint.models import registry
 
 # FUSED_INPAINT_FUZZ=5000 is the nightly size.
 EXAMPLES = int(os.environ.get("FUSED_INPAINT_FUZZ", "300"))
@@ -210,6 +211,18 @@ def block(seed: int) -> Tensor:
     y = ops.gated_blend(x, y, ops.pyramid_conv2d(x, weight, None, (1, 2)))
     (gradient,) = torch.autograd.grad(y.square().sum() + ops.gram_l1(y, x, over="positions").sum(), x)
     return gradient
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("key", registry.MODELS)
+def test_networks_of_no_picture(key: str, grad: bool) -> None:
+    model = models.build_model(key).eval()
+    with torch.set_grad_enabled(grad):
+        image = model(torch.rand(0, 3, 40, 56), torch.ones(0, 1, 40, 56)).image
+        assert image.shape == (0, 3, 40, 56)
+    if grad:
+        image.sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_threads_at_once() -> None:
