@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import fused_inpaint
 from fused_inpaint import _library, ops, use_backend
@@ -151,6 +152,18 @@ def normed(x: Tensor, w: Tensor, m: Tensor, which: int = 0, tangent: Tensor | No
 ALL_OPS = {**OTHERS, "partial_conv2d": lambda x, w, m: ops.partial_conv2d(x, m, w, padding=1)[0], "normed": normed}
 REFUSED = pytest.raises(NotImplementedError, match=r"^\w+: tensors must be without tangents, got one with; ")
 TRANSFORMED = pytest.raises(NotImplementedError, match=r"^\w+: tensors must be outside of torch.func's transforms")
+
+
+@OPERATORS
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_recomputed_by_checkpoint(backend: str, device: torch.device, name: str) -> None:
+    """Which gives what was kept to a derivative once."""
+
+    def again(*arguments: Tensor) -> Tensor:
+        return checkpoint(ALL_OPS[name], *arguments, use_reentrant=False)
+
+    for actual, expected in zip(gradients(again, device), gradients(ALL_OPS[name], device), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @OPERATORS

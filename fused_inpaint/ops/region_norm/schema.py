@@ -7,6 +7,7 @@ region_moments, then region_norm; backwards region_norm_sums, then region_norm_g
 invstd are (G, 2, C) float64 with region 0 (mask 0) first.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,29 +55,32 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _norm_backward(suffix: str) -> Any:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *epilogue, eps, instance, group = ctx.rest
-        point = (*ctx.saved_tensors[5:], *epilogue)
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint has them no second time
+        point = (*saved[5:], *epilogue)
         gradients: Any
         if wants_graph():
-            gradients = _by_reference(ctx, grad, point, eps, instance, group)
+            gradients = _by_reference(saved, grad, point, eps, instance, group)
         else:
-            gradients = _by_kernels(ctx, suffix, grad, point, group)
+            gradients = _by_kernels(saved, ctx.needs_input_grad[0], suffix, grad, point, group)
         grad_x, grad_weight, grad_bias, grad_scale, grad_shift = gradients
         return grad_x, None, None, None, None, grad_weight, grad_bias, grad_scale, grad_shift, *[None] * len(ctx.rest)
 
     return backward
 
 
-def _by_kernels(ctx: Any, suffix: str, grad: Tensor, point: tuple[Any, ...], group: str) -> tuple[Any, ...]:
+def _by_kernels(
+    saved: Sequence[Any], need_x: bool, suffix: str, grad: Tensor, point: tuple[Any, ...], group: str
+) -> tuple[Any, ...]:
     from .sync import summed
 
-    x, mask, mean, invstd, count, weight, bias, scale, shift = ctx.saved_tensors
+    x, mask, mean, invstd, count, weight, bias, scale, shift = saved
     shared_bias = point[4]
     sums_of = getattr(ops, f"region_norm_sums{suffix}")
     sums, grad_scale, grad_shift = sums_of(grad, x, mask, mean, invstd, *point)
     grad_x = grad_weight = grad_bias = None
     # Of all processes, whether or not this one needs it: the others may.
     joint = summed(sums, group)
-    if ctx.needs_input_grad[0]:
+    if need_x:
         means = joint / count.clamp(min=1).unsqueeze(1)
         grad_x = getattr(ops, f"region_norm_gradient{suffix}")(grad, x, mask, mean, invstd, means, *point)
     if weight is not None:
@@ -91,10 +95,12 @@ def _by_kernels(ctx: Any, suffix: str, grad: Tensor, point: tuple[Any, ...], gro
     return grad_x, grad_weight, grad_bias, grad_scale, grad_shift
 
 
-def _by_reference(ctx: Any, grad: Tensor, point: tuple[Any, ...], eps: float, instance: bool, group: str) -> list[Any]:
+def _by_reference(
+    saved: Sequence[Any], grad: Tensor, point: tuple[Any, ...], eps: float, instance: bool, group: str
+) -> list[Any]:
     from .sync import differentiable_sum
 
-    x, mask = ctx.saved_tensors[:2]
+    x, mask = saved[:2]
 
     def forward(x: Tensor, *parameters: Tensor | None) -> Tensor:
         arguments = (*parameters, eps, instance, *point[4:], differentiable_sum(group))
