@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from fused_inpaint.nn import PyramidConv2d, SelfAttention2d, SPDBlock, TapConv2d
 from fused_inpaint.ops import pyramid_conv2d
+from fused_inpaint.ops.padding import pad
 
 from .base import Discriminator, InpaintingModel, pad_as_hole, shared_hole
 from .spectral import SpectralConv2d
@@ -69,7 +70,8 @@ class _Conv(nn.Conv2d):
             # A pyramid of one branch, which there takes fewer products and keeps no padded copy.
             y = pyramid_conv2d(x, self.weight, self.bias, (1,), padding_mode="replicate", activation="none")
         else:
-            y = super().forward(x)
+            around = self._reversed_padding_repeated_twice
+            y = F.conv2d(pad(x, around, "replicate"), self.weight, self.bias, self.stride)
         return F.leaky_relu(y, _SLOPE, inplace=True)
 
 

@@ -32,20 +32,12 @@ from torch import Tensor, nn
 
 from fused_inpaint.nn import RegionConv2d, TapConv2d
 from fused_inpaint.ops import pyramid_conv2d
+from fused_inpaint.ops.padding import pad
 
 from .base import Discriminator, InpaintingModel, pad_as_hole, shared_hole
 from .spectral import SpectralConv2d
 
 _LEAST = 68  # a quarter of a side must exceed the padding of conv10, 16
-
-
-def _pad(x: Tensor, around: int, mode: str) -> Tensor:
-    """(N, C, H, W), channels last, with `around` more pixels on each side."""
-    # As a volume (H, W, C), which torch pads as it lies; maps it brings to NCHW and back, on a GPU and when compiled.
-    if x.size(0) == 0:  # which torch takes for maps alone
-        return F.pad(x, (around,) * 4, mode)
-    volume = F.pad(x.permute(0, 2, 3, 1), (0, 0, around, around, around, around), mode)
-    return volume.permute(0, 3, 1, 2)
 
 
 class _Conv(nn.Conv2d):
@@ -63,7 +55,7 @@ class _Conv(nn.Conv2d):
             dilation = self.dilation[:1]
             y = pyramid_conv2d(x, self.weight, self.bias, dilation, padding_mode="reflect", activation="none")
         else:
-            y = super().forward(_pad(x, self.around, "reflect"))
+            y = super().forward(pad(x, [self.around] * 4, "reflect"))
         return F.elu(y, inplace=True)
 
 
@@ -83,7 +75,7 @@ class _UpConv(TapConv2d):
         taps = self.weight.flip(2, 3).transpose(0, 1)  # (C, O, 3, 3)
         # Not divisor_override=1, which torch's ONNX exporter drops without a word.
         folded = 4 * F.avg_pool2d(taps, 2, stride=1, padding=1)  # (C, O, 4, 4)
-        y = F.conv_transpose2d(_pad(x, 1, "replicate"), folded, self.bias, stride=2, padding=3)
+        y = F.conv_transpose2d(pad(x, [1] * 4, "replicate"), folded, self.bias, stride=2, padding=3)
         return F.elu(y, inplace=True)
 
 

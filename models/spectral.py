@@ -9,6 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def _power_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The next (u, v) of a matrix (O, K)."""
+    v = F.normalize(matrix.T @ u, dim=0)
+    return F.normalize(matrix @ v, dim=0), v
+
+
+# What a compiled forward makes of u for its backward, torch 2.13 may make again there, from the u that the forward has
+# overwritten by then; so not what an operator that it cannot look into gives.
+_opaque_step = torch.library.custom_op("fused_inpaint::power_step", _power_step, mutates_args=())
+_opaque_step.register_fake(lambda matrix, u: (torch.empty_like(u), matrix.new_empty(matrix.size(1))))
+
+
 class SpectralConv2d(nn.Conv2d):
     """`nn.Conv2d` whose weight is divided by an estimate of its largest singular value, u^T W v.
 
@@ -43,8 +55,10 @@ class SpectralConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def _step(self, matrix: Tensor) -> None:
-        self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0))
-        self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0))
+        compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        u, v = (_opaque_step if compiles else _power_step)(matrix, self.weight_u)
+        self.weight_u.copy_(u)
+        self.weight_v.copy_(v)
 
     def normalised_weight(self) -> Tensor:
         """(O, C, kh, kw)"""

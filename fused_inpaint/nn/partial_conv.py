@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Window, WindowStep, partial_conv2d, partial_window
+from ..ops.padding import pad
 from ..ops.partial_conv.packing import PackedWeight, folds, pack
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -99,7 +100,8 @@ def padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, t: Tensor) -> Tensor:
     """A map or a mask with the layer's padding around it, in its mode and the tensor's dtype."""
     inner = t if t.is_floating_point() else t.to(torch.float32)  # torch pads no integers so
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(inner, layer._reversed_padding_repeated_twice, mode).to(t.dtype)
+    add = pad if t.dim() == 4 else F.pad
+    return add(inner, layer._reversed_padding_repeated_twice, mode).to(t.dtype)
 
 
 class PartialConv2d(nn.Conv2d):

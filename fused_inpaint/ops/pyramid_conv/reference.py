@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..padding import pad
+
 
 def pyramid_conv2d(
     x: Tensor,  # (N, C, H, W)
@@ -25,7 +27,7 @@ def pyramid_conv2d(
     mode = "constant" if padding_mode == "zeros" else padding_mode
     maps = []
     for d, rows in zip(dilations, weight.to(wide).chunk(len(dilations)), strict=True):
-        maps.append(F.conv2d(F.pad(x.to(wide), [d] * 4, mode), rows, dilation=d))
+        maps.append(F.conv2d(pad(x.to(wide), [d] * 4, mode), rows, dilation=d))
     y = torch.cat(maps, 1)
     if bias is not None:
         y = y + bias.to(wide).view(1, -1, 1, 1)

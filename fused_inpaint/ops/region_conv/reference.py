@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..padding import pad
+
 
 def _activate(y: Tensor, activation: str) -> Tensor:
     return F.elu(y) if activation == "elu" else y
@@ -23,7 +25,7 @@ def _convolve(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], mode: str
 ) -> Tensor:
     around = (padding[1], padding[1], padding[0], padding[0])
-    x = F.pad(x, around) if mode == "zeros" else F.pad(x, around, mode)
+    x = F.pad(x, around) if mode == "zeros" else pad(x, around, mode)
     return F.conv2d(x, weight, None, tuple(stride), 0, tuple(dilation))
 
 

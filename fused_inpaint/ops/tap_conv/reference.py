@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..padding import pad
+
 
 def tap_conv2d(
     maps: Sequence[Tensor],  # each (N, C, H, W)
@@ -28,7 +30,7 @@ def tap_conv2d(
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
     around = weight.size(-1) // 2
     if padding_mode != "zeros":
-        x, around = F.pad(x, [around] * 4, padding_mode), 0
+        x, around = pad(x, [around] * 4, padding_mode), 0
     y = F.conv2d(x, weight, bias, padding=around)
     # In place, as training takes these steps, too.
     if activation == "relu":
