@@ -39,8 +39,8 @@ def same_step(net: nn.Module, *given: Tensor) -> None:
         assert_close(u, t, 1e-9, what=name)
 
 
-def pictures() -> tuple[Tensor, Tensor]:
-    image, mask = torch.rand(2, 3, 64, 64, dtype=torch.float64), torch.ones(2, 1, 64, 64)
+def pictures(width: int = 64) -> tuple[Tensor, Tensor]:
+    image, mask = torch.rand(2, 3, 64, width, dtype=torch.float64), torch.ones(2, 1, 64, width)
     mask[:, :, 10:40, 12:44] = 0
     return image, mask
 
@@ -53,6 +53,16 @@ def test_training_step(key: str) -> None:
 @pytest.mark.parametrize("key", CRITIC)
 def test_training_step_of_the_discriminator(key: str) -> None:
     same_step(models.build_discriminator(key, **CRITIC[key]).double().train(), *pictures())
+
+
+@torch.no_grad()
+def test_pictures_of_another_size() -> None:
+    """For which the second graph is one of any size. DeepGIN's has the most kinds of padding."""
+    model = models.build_model("deepgin", **CONFIG["deepgin"]).double().eval()
+    compiled = torch.compile(model, fullgraph=True)
+    for width in (64, 80, 72):
+        given = pictures(width)
+        assert_close(compiled(*given).image, model(*given).image, 1e-9)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
