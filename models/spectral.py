@@ -15,8 +15,9 @@ def _power_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return F.normalize(matrix @ v, dim=0), v
 
 
-# What a compiled forward makes of u for its backward, torch 2.13 may make again there, from the u that the forward has
-# overwritten by then; so not what an operator that it cannot look into gives.
+# torch 2.13 may compute v of a compiled forward again in its backward, from a u that is overwritten by then; what comes
+# of an operator that it cannot look into, it keeps. Can go with a torch that passes tests/test_inductor.py without.
+# Not by `_library.define`: it has no kernels, and runs on any device.
 _opaque_step = torch.library.custom_op("fused_inpaint::power_step", _power_step, mutates_args=())
 _opaque_step.register_fake(lambda matrix, u: (torch.empty_like(u), matrix.new_empty(matrix.size(1))))
 

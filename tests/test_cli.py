@@ -187,6 +187,21 @@ def test_output_that_nobody_reads():
     process.stderr.close()
 
 
+def test_output_that_is_closed():
+    command = f"{sys.executable} -m fused_inpaint info >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def test_a_pipe_of_its_own_that_breaks_is_no_reader_gone(monkeypatch, capfd):
+    def run(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("fused_inpaint.cli.info.run", run)
+    with pytest.raises(BrokenPipeError):
+        main(["info"])
+
+
 def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fused_inpaint import models
+from fused_inpaint.models import spectral
+from fused_inpaint.ops import padding
 from fused_inpaint.ops.padding import pad
 
 CHANNELS_LAST = torch.channels_last
@@ -23,9 +25,11 @@ def fresh() -> None:
     torch.compiler.reset()
 
 
-def same_step(net: nn.Module, *given: Tensor) -> None:
+def same_step(net: nn.Module, calls: int) -> None:
+    """One backward of several forwards, as a discriminator has of real and fake pictures."""
     other = copy.deepcopy(net)
-    outputs = [tree_leaves(f(*given)) for f in (net, torch.compile(other, fullgraph=True))]
+    given = [pictures() for _ in range(calls)]
+    outputs = [tree_leaves([f(*one) for one in given]) for f in (net, torch.compile(other, fullgraph=True))]
     for expected, found in zip(*outputs, strict=True):
         assert_close(found, expected, 1e-9)
     for leaves in outputs:
@@ -47,12 +51,12 @@ def pictures(width: int = 64) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("key", CONFIG)
 def test_training_step(key: str) -> None:
-    same_step(models.build_model(key, **CONFIG[key]).double().train(), *pictures())
+    same_step(models.build_model(key, **CONFIG[key]).double().train(), calls=1)
 
 
 @pytest.mark.parametrize("key", CRITIC)
 def test_training_step_of_the_discriminator(key: str) -> None:
-    same_step(models.build_discriminator(key, **CRITIC[key]).double().train(), *pictures())
+    same_step(models.build_discriminator(key, **CRITIC[key]).double().train(), calls=2)
 
 
 @torch.no_grad()
@@ -82,4 +86,31 @@ def test_padding(mode: str, dynamic: bool) -> None:
         t.square().sum().backward()
     assert_close(found, y, 1e-12)
     assert_close(given.grad, expected.grad, 1e-12)
-    assert torch.equal(call(x), y)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_padding_as_a_volume(mode: str, channels: int) -> None:
+    """The form that maps take on a GPU."""
+    x = torch.randn(2, channels, 7, 9, dtype=torch.float64).contiguous(memory_format=CHANNELS_LAST)
+    found = []
+    for form in (padding._as_volume, F.pad):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = form(leaf, (1, 2, 3, 0), mode)
+        (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+        found.append((y, leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert_close(found[0][1], found[1][1], 1e-12)
+
+
+def test_padding_of_the_device(backend: str, device: torch.device) -> None:
+    x = torch.randn(2, 4, 7, 9, device=device)
+    for mode in ("constant", "reflect", "replicate", "circular"):
+        for layout in (CHANNELS_LAST, torch.contiguous_format):
+            y = pad(x.contiguous(memory_format=layout), (1, 2, 3, 0), mode)
+            assert torch.equal(y, F.pad(x, (1, 2, 3, 0), mode))
+
+
+def test_the_step_of_the_power_method() -> None:
+    matrix, u = torch.randn(4, 9), torch.randn(4)
+    torch.library.opcheck(spectral._opaque_step, (matrix, u))

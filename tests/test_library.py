@@ -164,6 +164,13 @@ def test_recomputed_by_checkpoint(backend: str, device: torch.device, name: str)
 
     for actual, expected in zip(gradients(again, device), gradients(ALL_OPS[name], device), strict=True):
         assert torch.equal(actual, expected)
+    x = torch.randn(2, 4, 4, 6, device=device, requires_grad=True)
+    w = torch.randn(4, 4, 3, 3, device=device).abs()
+    found = []
+    for f in (again, ALL_OPS[name]):
+        (g,) = torch.autograd.grad(f(x, w, MASK.to(device)).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), x)[0])
+    assert torch.equal(*found)
 
 
 @OPERATORS

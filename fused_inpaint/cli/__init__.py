@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 
 from .. import __version__
@@ -36,17 +37,36 @@ def main(argv: list[str] | None = None) -> int:
     reads the output any more."""
     arguments = parser().parse_args(argv)
     try:
+        code = _run(arguments)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        if _is_read():
+            raise
+        return 141
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
         if arguments.verb != "info":  # which is asked what is wrong
             _check_backend()
         arguments.run(arguments)
-        sys.stdout.flush()
     except UserError as error:
         print(f"fused-inpaint {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"\nfused-inpaint {arguments.verb}: interrupted, {str(interrupt) or 'nothing written'}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
-        return 141
     return 0
+
+
+def _is_read() -> bool:
+    """Whether the output has a reader; `| head` leaves once it has enough."""
+    if sys.stdout is None:
+        return True
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # for errors alone: the other end is closed
+    if not output.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+    return False

@@ -131,6 +131,7 @@ def _as_constants(
     """(weight, bias, scale) of the epilogue; a batch norm with fixed statistics is a scale and a bias."""
     wide = wide_of(weight.dtype)
     if norm is None:
+        # Kernels read it by address.
         return weight, None if bias is None else _to(bias, wide).contiguous(), None
     assert norm.running_mean is not None and norm.running_var is not None
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -162,7 +163,8 @@ def _with_batch_statistics(
     sources, masks, window, weight, geometry = layer
     norm = epilogue.norm
     assert norm is not None
-    gain, shift = (t.to(wide_of(weight.dtype)).contiguous() for t in norm[:2])
+    wide = wide_of(weight.dtype)
+    gain, shift = (t.to(wide).contiguous() for t in (norm.weight, norm.bias))  # kernels read them by address
     if kernel == "triton":  # statistics need the whole map first, so nothing can follow in the same launch
         v, counts, mask = _triton(layer, None, None, Epilogue("none", 0.0, None), fold_from)
         y, mean, var = reference.batch_norm(v.to(gain.dtype), counts, gain, shift, norm.eps, *epilogue[:2])
