@@ -15,10 +15,6 @@ from fused_inpaint import _backends, ops, use_backend
 MASK = torch.tensor([1.0, 0.0, 1.0]).repeat(2, 1, 4, 2)  # (2, 1, 4, 6)
 
 
-def gram(x: Tensor) -> Tensor:
-    return x.flatten(2) @ x.flatten(2).mT
-
-
 def pair(w: Tensor) -> Tensor:
     return torch.cat([w, w], 1)
 

@@ -41,8 +41,9 @@ TRAINED = set(SIZES) - {"mask", "masks", "skip_mask", "mean", "var"}
 
 def normed(training: bool) -> Callable[..., Any]:
     def call(**t: Tensor) -> Any:
-        # What is written cannot be expanded.
-        mean, var = (s if s.is_contiguous() or s.stride(0) else s.clone() for s in (t["mean"], t["var"]))
+        mean, var = t["mean"], t["var"]
+        if training:  # what is written cannot be expanded
+            mean, var = (s if s.stride(0) else s.clone() for s in (mean, var))
         norm = ops.BatchNorm(t["gain"], t["bias"], mean, var, training, 0.1, 1e-5)
         return *ops.partial_conv2d(t["x"], t["mask"], t["weight"], padding=1, batch_norm=norm), mean, var
 

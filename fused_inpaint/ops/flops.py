@@ -10,15 +10,15 @@ from torch import Tensor
 _PARAMETERS = ("need_weight", "need_bias")
 
 
-def products(*sizes: int) -> int:
+def operations(*sizes: int) -> int:
     return 2 * math.prod(sizes)
 
 
 def convolution(given: dict[str, Any], output: Any) -> int:
     y = output if isinstance(output, Tensor) else output[0]
-    return products(*y.shape, *given["weight"].shape[-3:])
+    return operations(*y.shape, *given["weight"].shape[-3:])
 
 
 def convolution_backward(given: dict[str, Any], output: Any) -> int:
     maps = any(needed for name, needed in given.items() if name.startswith("need_") and name not in _PARAMETERS)
-    return (maps + given["need_weight"]) * products(*given["grad"].shape, *given["weight"].shape[-3:])
+    return (maps + given["need_weight"]) * operations(*given["grad"].shape, *given["weight"].shape[-3:])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._library import define, implement, implement_in_triton
 from ..._library import ops as ops
 from ..derivative import by_reference, wants_graph
-from ..flops import products
+from ..flops import operations
 from . import reference, tiles
 
 
@@ -74,12 +74,12 @@ def _positions_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor 
 
 def _channels_flops(given: dict[str, Any], _: Any) -> int:
     n, c, h, w = given["a"].shape
-    return 2 * products(n, c, c, h * w)
+    return 2 * operations(n, c, c, h * w)
 
 
 def _positions_flops(given: dict[str, Any], _: Any) -> int:
     n, c, h, w = given["a"].shape
-    return (2 + given["need_a"] + given["need_b"]) * products(n, h * w, h * w, c)
+    return (2 + given["need_a"] + given["need_b"]) * operations(n, h * w, h * w, c)
 
 
 define(

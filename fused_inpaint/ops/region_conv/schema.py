@@ -98,9 +98,11 @@ _OUTPUT = f"Tensor x, Tensor mask, Tensor weight, Tensor? bias, {_GEOMETRY}"
 _INPUT = f"Tensor existing, Tensor missing, Tensor mask, Tensor weight, Tensor? bias, int upsample, {_GEOMETRY}"
 
 for suffix in ("", "_triton"):
-    for name, given, fake, n in (("output", _OUTPUT, _output_fake, 4), ("input", _INPUT, _input_fake, 5)):
-        name = f"region_conv2d_{name}"
-        define(f"{name}{suffix}({given}) -> Tensor", fake, *_derivative(name, n), convolution)
+    for name, arguments, fake, tensors in (
+        ("region_conv2d_output", _OUTPUT, _output_fake, 4),
+        ("region_conv2d_input", _INPUT, _input_fake, 5),
+    ):
+        define(f"{name}{suffix}({arguments}) -> Tensor", fake, *_derivative(name, tensors), convolution)
 define(
     f"region_conv2d_output_backward(Tensor grad, Tensor y, Tensor x, Tensor mask, Tensor weight, {_GEOMETRY}, "
     "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
