@@ -100,8 +100,10 @@ def _refusal(name: str, device: str) -> str:
     return _MISSING[name]
 
 
-def selected() -> str:
-    return _selected
+def current() -> str:
+    """The choice in force. Under torch.jit.trace `"auto"` is the reference: TorchScript does not run the operators, and
+    what is traced needs nothing but torch then."""
+    return "reference" if _selected == "auto" and torch.jit.is_tracing() else _selected  # type: ignore[attr-defined]
 
 
 def choose(
@@ -117,7 +119,7 @@ def choose(
     can't run this call; empty if it can. `selected`: by `use_backend`, if not what it is now.
     """
     if selected is None:
-        selected = _selected  # read once: another thread may select another
+        selected = current()  # read once: another thread may select another
     if selected == "auto":
         for name in (*prefer, *_PRIORITY):
             if _runs(name, device) and not refusal(name):
@@ -131,7 +133,7 @@ def choose(
 
 def chosen(name: str, device: str) -> bool:
     """Whether backend `name` is the selected one, or may be chosen, and runs on a device type."""
-    return _selected in ("auto", name) and _runs(name, device)
+    return current() in ("auto", name) and _runs(name, device)
 
 
 def native(device: str) -> bool:

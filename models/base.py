@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from .files import read_safetensors, write_safetensors
 from .large import STRATEGIES, Bounds, Progress
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 class Prediction(NamedTuple):
     """What a network of one output returns."""
@@ -67,6 +65,43 @@ class Saved(nn.Module):
 
 def _file(path: str | os.PathLike[str]) -> Path:
     return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "model.safetensors"
+
+
+class Normalization(nn.Module):
+    """Images to mean 0 and deviation 1 by channel: ImageNet's, or 1/2 and 1/4 where there are not 3 channels.
+
+    The constants are no part of a checkpoint: what fills a network made on the meta device fills them, too.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        known = channels == 3
+        self._mean = (0.485, 0.456, 0.406) if known else (0.5,) * channels
+        self._std = (0.229, 0.224, 0.225) if known else (0.25,) * channels
+        self._fill(None, None)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.mean.is_meta:  # after load_state_dict(assign=True)
+            self._fill(image.device, self.mean.dtype)
+        return (image - self.mean.to(image.dtype)) / self.std.to(image.dtype)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return x * self.std.to(x.dtype) + self.mean.to(x.dtype)
+
+    def _fill(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        for name, values in (("mean", self._mean), ("std", self._std)):
+            value = torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Normalization":
+        empty = self.mean.is_meta
+        super()._apply(fn, recurse)
+        if empty:  # to_empty
+            self._fill(self.mean.device, self.mean.dtype)
+        return self
 
 
 class InpaintingModel(Saved):

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from fused_inpaint.nn import LearnedRegionNorm2d, RegionNorm2d
 
-from .base import Discriminator
-from .pconv import SLOPE, PConvUNet, UNetModel, statistics
+from .base import Discriminator, Normalization
+from .pconv import SLOPE, PConvUNet, UNetModel
 
 
 class _EncoderNorm(RegionNorm2d):
@@ -132,21 +132,15 @@ class CGANPCRNDiscriminator(Discriminator):
     """
 
     key = "cgan_pc_rn"
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, channels: int = 3, width: int = 64) -> None:
         super().__init__(channels=channels, width=width)
         self.net: PatchGAN = PatchGAN(2 * channels, width)
         self.channels = channels
-        for name, value in zip(("mean", "std"), statistics(channels), strict=True):
-            self.register_buffer(name, value, persistent=False)
+        self.normalization = Normalization(channels)
 
     def _score(self, image: Tensor, mask: Tensor, given: Tensor) -> Tensor:
         if min(image.shape[2:]) < 24:
             raise ValueError(f"cgan_pc_rn: image must have sides of at least 24, got {tuple(image.shape)}")
-        corrupted = self._normalised(given).masked_fill(mask == 0, 0.0)
-        return self.net(torch.cat([corrupted, self._normalised(image)], 1))
-
-    def _normalised(self, image: Tensor) -> Tensor:
-        return (image - self.mean.to(image.dtype)) / self.std.to(image.dtype)
+        corrupted = self.normalization(given).masked_fill(mask == 0, 0.0)
+        return self.net(torch.cat([corrupted, self.normalization(image)], 1))

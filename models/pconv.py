@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fused_inpaint.nn import PartialConv2d, PartialUpConv2d
 from fused_inpaint.ops import BatchNorm, Window, partial_conv2d, partial_window_chain
 
-from .base import IMAGENET_MEAN, IMAGENET_STD, InpaintingModel, Prediction, pad_as_hole
+from .base import InpaintingModel, Normalization, Prediction, pad_as_hole
 
 SLOPE = 0.2  # of the decoder's activation
 
@@ -198,30 +198,18 @@ class UNetModel(InpaintingModel):
     deviation. An image of any size is padded with hole to a multiple of 2**levels and the result cropped back."""
 
     net: PConvUNet
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, net: PConvUNet, **config: Any) -> None:
         super().__init__(**config)
         self.net = net
         self.channels, self.multiple = net.channels, 2**net.levels
-        for name, value in zip(("mean", "std"), statistics(net.channels), strict=True):
-            self.register_buffer(name, value, persistent=False)
+        self.normalization = Normalization(net.channels)
 
     def _predict(self, image: Tensor, mask: Tensor) -> Prediction:
-        x = (image - self.mean.to(image.dtype)) / self.std.to(image.dtype)
-        x, mask, window = pad_as_hole(x, mask, self.multiple)
+        x, mask, window = pad_as_hole(self.normalization(image), mask, self.multiple)
         masks = self.net.masks(mask)
         out, _ = self.net(x, mask, masks)
-        out = out[window] * self.std.to(out.dtype) + self.mean.to(out.dtype)
-        return Prediction(self._ranged(out), masks.out[window])
-
-
-def statistics(channels: int) -> tuple[Tensor, Tensor]:
-    """(mean, deviation) to normalise images by, (1, C, 1, 1): ImageNet's, or 1/2 and 1/4 where C is not 3."""
-    known = channels == 3
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if known else ((0.5,) * channels, (0.25,) * channels)
-    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+        return Prediction(self._ranged(self.normalization.inverse(out[window])), masks.out[window])
 
 
 class PConv(UNetModel):

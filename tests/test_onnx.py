@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each network as ONNX: standard operators alone, and onnxruntime's numbers."""
+"""Each network as ONNX and as TorchScript: standard operators alone, and the network's numbers."""
 
 import importlib.util
+import io
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_inpaint import _backends, models
 
@@ -30,10 +32,9 @@ def test_equals_the_network(name: str, tmp_path: Path, one_thread: None) -> None
     import onnx
     import onnxruntime
 
-    (key, config), size, outputs = NETWORKS[name]
-    model = models.build_model(key, **config)
-    for parameter in model.net.parameters():  # that keep the size of what passes, so that a wrong layer shows
-        nn.init.normal_(parameter, std=0.1 if parameter.dim() < 2 else parameter[0].numel() ** -0.5)
+    model, image, mask, expected = _case(name)
+    _, size, outputs = NETWORKS[name]
+    model.train()
     path = tmp_path / "network.onnx"
     selected = _backends._selected
     models.export_onnx(model, path, size)
@@ -42,16 +43,43 @@ def test_equals_the_network(name: str, tmp_path: Path, one_thread: None) -> None
     assert {node.domain for node in onnx.load(path).graph.node} == {""}, "standard operators alone"
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    height, width = (size, size) if isinstance(size, int) else size
-    image, mask = torch.rand(1, 3, height, width), (torch.rand(1, 1, height, width) > 0.3).float()
-    mask[..., :9, :9] = 0
-    with torch.no_grad():
-        expected = [value for value in model.eval()(image, mask) if value is not None]
     found = session.run(None, {"image": image.numpy(), "mask": mask.numpy()})
     assert [output.name for output in session.get_outputs()] == outputs
     for actual, value in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(actual), value, rtol=0, atol=1e-4)
-    assert all(value.std() > 0.01 for value in expected if value.size(1) == 3), "a constant picture would hide errors"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_the_network_as_torchscript(name: str, one_thread: None) -> None:
+    model, image, mask, expected = _case(name)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of shapes, which the trace leaves out
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(model, (image, mask))
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+    assert "fused_inpaint::" not in str(loaded.inlined_graph), "torch's operators alone"
+    with torch.no_grad():
+        found = [value for value in loaded(image, mask) if value is not None]
+    for actual, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=0, atol=1e-4)
+
+
+def _case(name: str) -> tuple[nn.Module, Tensor, Tensor, list[Tensor]]:
+    """A network in evaluation, a picture with holes, and what the network makes of it."""
+    (key, config), size, outputs = NETWORKS[name]
+    model = models.build_model(key, **config).eval()
+    for parameter in model.net.parameters():  # that keep the size of what passes, so that a wrong layer shows
+        nn.init.normal_(parameter, std=0.1 if parameter.dim() < 2 else parameter[0].numel() ** -0.5)
+    height, width = (size, size) if isinstance(size, int) else size
+    image, mask = torch.rand(1, 3, height, width), (torch.rand(1, 1, height, width) > 0.3).float()
+    mask[..., :9, :9] = 0
+    with torch.no_grad():
+        expected = [value for value in model(image, mask) if value is not None]
+    assert expected[outputs.index("prediction")].std() > 0.01, "a constant picture would hide errors"
+    return model, image, mask, expected
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def collect() -> dict[str, dict[str, Any]]:
     backends = {name: reason or "usable" for name, reason in _backends.status().items()}
     try:
         _backends.require_runnable()
-        backends["selected"] = _backends.selected()
+        backends["selected"] = _backends.current()
     except (ValueError, _backends.NoBackendError) as error:
         backends["selected"] = f"none: FUSED_INPAINT_BACKEND: {error}"
     machine = {

@@ -47,7 +47,7 @@ def forget() -> None:
 
 def plan_of(given: Inputs) -> Plan:
     """Refuses what does not fit, in words."""
-    selected = _backends.selected()
+    selected = _backends.current()
     facts = _facts(given, selected) if is_eager() else None
     plan = None
     if facts is not None:

@@ -41,8 +41,8 @@ def region_norm(
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     v, over = x.to(wide), (2, 3) if instance else (0, 2, 3)
     y = torch.zeros_like(v)
-    for region in (0, 1):
-        inside = ((mask != 0) == bool(region)).expand_as(v)
+    for region, side in enumerate((mask == 0, mask != 0)):
+        inside = side.expand_as(v)
         count = reduce(inside.sum(over, keepdim=True).to(wide))
         total = reduce(torch.full_like(count, v.size(2) * v.size(3) * (1 if instance else v.size(0))))
         values = count.clamp(min=1)
