@@ -89,11 +89,7 @@ class Masks(NamedTuple):
 
     encoder: tuple[Window, ...]
     decoder: tuple[Window, ...]
-
-    @property
-    def out(self) -> Tensor:
-        """(N or 1, 1, H, W) uint8: where the output is defined."""
-        return self.decoder[-1].mask
+    out: Tensor  # (N or 1, 1, H, W) uint8, where the output is defined: the last layer's mask
 
 
 class PConvUNet(nn.Module):
@@ -156,7 +152,7 @@ class PConvUNet(nn.Module):
     def masks(self, mask: Tensor) -> Masks:
         """The whole mask chain for an input mask; hand it to several calls of `forward` that share the mask."""
         windows = partial_window_chain(mask, self._steps)
-        return Masks(tuple(windows[: self.levels]), tuple(windows[self.levels :]))
+        return Masks(tuple(windows[: self.levels]), tuple(windows[self.levels :]), windows[-1].mask)
 
     def forward(self, x: Tensor, mask: Tensor, masks: Masks | None = None) -> tuple[Tensor, Tensor]:
         side = 2**self.levels

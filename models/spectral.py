@@ -55,22 +55,21 @@ class SpectralConv2d(nn.Conv2d):
             self._step(self.weight.detach().flatten(1))
 
     @torch.no_grad()
-    def _step(self, matrix: Tensor) -> None:
-        compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        u, v = (_opaque_step if compiles else _power_step)(matrix, self.weight_u)
+    def _step(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = (_opaque_step if torch.compiler.is_compiling() else _power_step)(matrix, self.weight_u)
         self.weight_u.copy_(u)
         self.weight_v.copy_(v)
+        return u, v
 
     def normalised_weight(self) -> Tensor:
         """(O, C, kh, kw)"""
         matrix = self.weight.flatten(1)
         # A singular value of half precision would scale every weight by its rounding.
         with torch.autocast(matrix.device.type, enabled=False):
-            if self.training or self.always:
-                self._step(matrix)
-            # Clones: the next forward overwrites u and v, and may come before this one's backward.
-            sigma = self.weight_u.clone() @ (matrix @ self.weight_v.clone())
-            return self.weight / sigma
+            # Not the buffers: the next forward overwrites them, and may come before this one's backward.
+            steps = self.training or self.always
+            u, v = self._step(matrix) if steps else (self.weight_u.clone(), self.weight_v.clone())
+            return self.weight / (u @ (matrix @ v))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.normalised_weight(), self.bias)

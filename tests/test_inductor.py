@@ -72,9 +72,10 @@ def test_pictures_of_another_size() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
 def test_padding(mode: str, dynamic: bool) -> None:
-    """Before a convolution, where the derivative of torch's own replication fails when compiled."""
-    x = torch.randn(2, 4, 7, 9, dtype=torch.float64).contiguous(memory_format=CHANNELS_LAST)
-    weight = torch.randn(3, 4, 3, 3, dtype=torch.float64).contiguous(memory_format=CHANNELS_LAST)
+    """Before a convolution, where the derivative of torch's own replication fails when compiled. Not in float64, of
+    which torch 2.10 cannot compile all."""
+    x = torch.randn(2, 4, 7, 9).contiguous(memory_format=CHANNELS_LAST)
+    weight = torch.randn(3, 4, 3, 3).contiguous(memory_format=CHANNELS_LAST)
 
     def call(t: Tensor) -> Tensor:
         return F.conv2d(pad(t * 2, (1, 2, 3, 0), mode), weight)
@@ -84,8 +85,8 @@ def test_padding(mode: str, dynamic: bool) -> None:
     found = torch.compile(call, fullgraph=True, dynamic=dynamic)(given)
     for t in (y, found):
         t.square().sum().backward()
-    assert_close(found, y, 1e-12)
-    assert_close(given.grad, expected.grad, 1e-12)
+    assert_close(found, y, 1e-5)
+    assert_close(given.grad, expected.grad, 1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
