@@ -9,12 +9,14 @@ Environment: FUSED_INPAINT_BUILD   auto (default), cpu, cuda or none
 
 import json
 import os
+import re
 import shlex
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,13 +94,13 @@ def decide(choice, torch, compiler):
             stop(f"FUSED_INPAINT_BUILD={choice} cannot be done: {blocked}; {WITHOUT}")
         return "none", blocked
 
-    from torch.utils.cpp_extension import CUDA_HOME
-
     no_cuda = ""
     if torch.version.cuda is None:
         no_cuda = f"torch {torch.__version__} is built without CUDA"
-    elif CUDA_HOME is None:
+    elif (toolkit := find_toolkit()) is None:
         no_cuda = "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)"
+    elif not has_runtime(compiler):
+        no_cuda = f"the linker finds no libcudart in the CUDA toolkit {toolkit} (is CUDA_HOME its folder?)"
     elif not glob("csrc/*/*_cuda.cu"):
         no_cuda = "there are no csrc/*/*_cuda.cu sources"
     if choice == "cuda" and no_cuda:
@@ -106,6 +108,29 @@ def decide(choice, torch, compiler):
     if choice == "cpu":
         return "cpu", "FUSED_INPAINT_BUILD=cpu was set"
     return ("cpu", no_cuda) if no_cuda else ("cuda", "")
+
+
+def find_toolkit():
+    """The CUDA toolkit's folder, or None. torch takes the one that nvcc lies in, and that of a script on PATH, which
+    calls the nvcc of another, is not it; so nvcc is asked."""
+    if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and shutil.which("nvcc"):
+        said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        if top and (Path(top[1]) / "bin/nvcc").exists():
+            os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
+    from torch.utils.cpp_extension import CUDA_HOME  # which is looked up as this is imported
+
+    return CUDA_HOME
+
+
+def has_runtime(compiler):
+    """Whether a library can be linked with the CUDA runtime."""
+    from torch.utils.cpp_extension import library_paths
+
+    with tempfile.TemporaryDirectory() as folder:
+        empty = ["-shared", "-x", "c++", os.devnull, "-x", "none", "-o", f"{folder}/empty.so"]
+        words = [f"-L{path}" for path in library_paths("cuda")]
+        return subprocess.run([*compiler, *empty, *words, "-lcudart"], capture_output=True).returncode == 0
 
 
 def standard_library(compiler):

@@ -102,6 +102,57 @@ def test_compiler_that_does_not_run_is_none(text, tmp_path):
     assert f"no C++ compiler was found (CXX={compiler} is not on PATH, or does not run)" in result.stderr
 
 
+# setup.py's functions, on a torch that has CUDA and toolkits of the test's own.
+DECIDE = """
+import os, runpy, sys, types
+from torch.utils import cpp_extension
+sys.argv, compiler, given = ["setup.py", "--version"], sys.argv[1], sys.argv[2:]
+setup = runpy.run_path("setup.py")
+if given:
+    cpp_extension.CUDA_HOME = given[0]
+torch = types.SimpleNamespace(__version__="2.13.0", version=types.SimpleNamespace(cuda="13.0"))
+decided = setup["decide"]("auto", torch, [compiler]) if given else setup["find_toolkit"]()
+print(decided, os.environ.get("CUDA_HOME"), sep="\\n")
+"""
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def decided(path, *arguments, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "FUSED_INPAINT_BUILD")}
+    environment = {**inherited, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}", **environment}
+    command = [sys.executable, "-c", DECIDE, *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-2:]
+
+
+def test_toolkit_is_the_one_whose_nvcc_a_script_calls(tmp_path):
+    toolkit = tmp_path / "toolkit"
+    nvcc = script(toolkit / "bin/nvcc", f"echo '#$ TOP={toolkit}/bin/..' >&2")
+    script(tmp_path / "path/nvcc", f'exec {nvcc} "$@"')
+    assert decided(tmp_path / "path", "c++")[1] == str(toolkit)
+    assert decided(tmp_path / "path", "c++", CUDA_HOME="/elsewhere")[1] == "/elsewhere"
+    nvcc.write_text("#!/bin/sh\nexit 3\n")
+    assert decided(tmp_path / "path", "c++")[1] == "None"
+
+
+def test_toolkit_without_its_runtime_is_none(tmp_path):
+    """Which a linker would say after minutes."""
+    linker = script(tmp_path / "c++", 'for a; do if [ -e "${a#-L}/libcudart.so" ]; then exit 0; fi; done; exit 1')
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "lib64").mkdir(parents=True)
+    reason = f"the linker finds no libcudart in the CUDA toolkit {toolkit} (is CUDA_HOME its folder?)"
+    assert decided(tmp_path, linker, toolkit, CUDA_HOME=str(toolkit))[0] == str(("cpu", reason))
+    (toolkit / "lib64/libcudart.so").touch()
+    assert decided(tmp_path, linker, toolkit, CUDA_HOME=str(toolkit))[0] == str(("cuda", ""))
+
+
 class Environment:
     """A new virtual environment, with this one's packages in sight if `dependencies` names a folder of them."""
 
