@@ -94,43 +94,63 @@ def decide(choice, torch, compiler):
             stop(f"FUSED_INPAINT_BUILD={choice} cannot be done: {blocked}; {WITHOUT}")
         return "none", blocked
 
+    if choice == "cpu":
+        return "cpu", "FUSED_INPAINT_BUILD=cpu was set"
     no_cuda = ""
     if torch.version.cuda is None:
         no_cuda = f"torch {torch.__version__} is built without CUDA"
     elif (toolkit := find_toolkit()) is None:
-        no_cuda = "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)"
+        no_cuda = "no CUDA toolkit was found (nvcc is not on PATH, and neither CUDA_HOME nor CUDA_PATH is set)"
     elif not has_runtime(compiler):
-        no_cuda = f"the linker finds no libcudart in the CUDA toolkit {toolkit} (is CUDA_HOME its folder?)"
+        no_cuda = f"the linker finds no libcudart, with the CUDA toolkit {toolkit} (is CUDA_HOME its folder?)"
     elif not glob("csrc/*/*_cuda.cu"):
         no_cuda = "there are no csrc/*/*_cuda.cu sources"
     if choice == "cuda" and no_cuda:
         stop(f"FUSED_INPAINT_BUILD=cuda cannot be done: {no_cuda}")
-    if choice == "cpu":
-        return "cpu", "FUSED_INPAINT_BUILD=cpu was set"
     return ("cpu", no_cuda) if no_cuda else ("cuda", "")
 
 
 def find_toolkit():
-    """The CUDA toolkit's folder, or None. torch takes the one that nvcc lies in, and that of a script on PATH, which
-    calls the nvcc of another, is not it; so nvcc is asked."""
-    if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and shutil.which("nvcc"):
-        said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-        if top and (Path(top[1]) / "bin/nvcc").exists():
-            os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
+    """The CUDA toolkit's folder, or None."""
+    if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
+        folder = toolkit_on_path()
+        if folder is not None:
+            os.environ["CUDA_HOME"] = str(folder)
     from torch.utils.cpp_extension import CUDA_HOME  # which is looked up as this is imported
 
     return CUDA_HOME
 
 
+def toolkit_on_path():
+    """The folder of the nvcc on PATH, or None. torch takes the one above the file, which a link or a script that calls
+    the nvcc of a toolkit is not in; a script is asked."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    try:
+        command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60).stderr
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    folder = Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
+    return folder if (folder / "bin/nvcc").exists() else None
+
+
 def has_runtime(compiler):
-    """Whether a library can be linked with the CUDA runtime."""
+    """Whether a library can be linked with the CUDA runtime. A linker that cannot link at all is for the build to
+    show."""
     from torch.utils.cpp_extension import library_paths
 
+    paths = [f"-L{path}" for path in library_paths("cuda")]
+    return links(compiler, *paths, "-lcudart") or not links(compiler)
+
+
+def links(compiler, *words):
+    words = [*words, *shlex.split(os.environ.get("LDFLAGS", ""))]
     with tempfile.TemporaryDirectory() as folder:
-        empty = ["-shared", "-x", "c++", os.devnull, "-x", "none", "-o", f"{folder}/empty.so"]
-        words = [f"-L{path}" for path in library_paths("cuda")]
-        return subprocess.run([*compiler, *empty, *words, "-lcudart"], capture_output=True).returncode == 0
+        command = [*compiler, "-shared", "-x", "c++", os.devnull, "-x", "none", "-o", f"{folder}/empty.so", *words]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def standard_library(compiler):

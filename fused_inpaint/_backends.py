@@ -101,8 +101,8 @@ def _refusal(name: str, device: str) -> str:
 
 
 def current() -> str:
-    """The choice in force. Under torch.jit.trace `"auto"` is the reference: TorchScript does not run the operators, and
-    what is traced needs nothing but torch then."""
+    """The choice in force. Under torch.jit.trace `"auto"` is the reference: TorchScript does not run every operator,
+    and what is traced needs nothing but torch then."""
     return "reference" if _selected == "auto" and torch.jit.is_tracing() else _selected  # type: ignore[attr-defined]
 
 

@@ -70,7 +70,8 @@ def _file(path: str | os.PathLike[str]) -> Path:
 class Normalization(nn.Module):
     """Images to mean 0 and deviation 1 by channel: ImageNet's, or 1/2 and 1/4 where there are not 3 channels.
 
-    The constants are no part of a checkpoint: what fills a network made on the meta device fills them, too.
+    The constants are no part of a checkpoint, and so there whatever is done to a network: never on the meta device,
+    from which nothing would bring them, and filled again after `to_empty`.
     """
 
     mean: Tensor
@@ -81,26 +82,23 @@ class Normalization(nn.Module):
         known = channels == 3
         self._mean = (0.485, 0.456, 0.406) if known else (0.5,) * channels
         self._std = (0.229, 0.224, 0.225) if known else (0.25,) * channels
-        self._fill(None, None)
+        self._fill(torch.tensor(0.0))
 
     def forward(self, image: Tensor) -> Tensor:
-        if self.mean.is_meta:  # after load_state_dict(assign=True)
-            self._fill(image.device, self.mean.dtype)
-        return (image - self.mean.to(image.dtype)) / self.std.to(image.dtype)
+        return (image - self.mean.to(image)) / self.std.to(image)
 
     def inverse(self, x: Tensor) -> Tensor:
-        return x * self.std.to(x.dtype) + self.mean.to(x.dtype)
+        return x * self.std.to(x) + self.mean.to(x)
 
-    def _fill(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def _fill(self, like: Tensor) -> None:
+        device = torch.device("cpu") if like.is_meta else like.device
         for name, values in (("mean", self._mean), ("std", self._std)):
-            value = torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
+            value = torch.tensor(values, dtype=like.dtype, device=device).view(1, -1, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Normalization":
-        empty = self.mean.is_meta
         super()._apply(fn, recurse)
-        if empty:  # to_empty
-            self._fill(self.mean.device, self.mean.dtype)
+        self._fill(self.mean)
         return self
 
 

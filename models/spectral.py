@@ -56,7 +56,10 @@ class SpectralConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def _step(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        u, v = (_opaque_step if torch.compiler.is_compiling() else _power_step)(matrix, self.weight_u)
+        # Not torch.compiler.is_exporting(), which torch 2.10 takes for true whatever it compiles.
+        exports = getattr(torch.compiler, "_is_exporting_flag", False)
+        compiles = torch.compiler.is_compiling() and not exports
+        u, v = (_opaque_step if compiles else _power_step)(matrix, self.weight_u)
         self.weight_u.copy_(u)
         self.weight_v.copy_(v)
         return u, v

@@ -20,17 +20,23 @@ def filled(net: nn.Module, state: dict[str, Tensor]) -> None:
     net.load_state_dict(state)
 
 
+def refilled(net: nn.Module, state: dict[str, Tensor]) -> None:
+    assigned(net, state)
+    filled(net, state)
+
+
 def assigned(net: nn.Module, state: dict[str, Tensor]) -> None:
     net.load_state_dict(state, assign=True)
+    net.to("cpu")
 
 
-@pytest.mark.parametrize("fill", [filled, assigned])
+@pytest.mark.parametrize("fill", [filled, assigned, refilled])
 @pytest.mark.parametrize(
     "build, key, config",
     [(models.build_model, key, config) for key, config in CONFIG.items()]
     + [(models.build_discriminator, key, config) for key, config in CRITIC.items()],
 )
-@torch.no_grad()
+@torch.inference_mode()
 def test_network(
     build: Callable[..., nn.Module], key: str, config: dict[str, Any], fill: Callable[..., None], poisoned: None
 ) -> None:

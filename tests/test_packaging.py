@@ -102,17 +102,15 @@ def test_compiler_that_does_not_run_is_none(text, tmp_path):
     assert f"no C++ compiler was found (CXX={compiler} is not on PATH, or does not run)" in result.stderr
 
 
-# setup.py's functions, on a torch that has CUDA and toolkits of the test's own.
+# setup.py's functions, as a torch that has CUDA lets them run.
 DECIDE = """
-import os, runpy, sys, types
+import runpy, sys, torch
+sys.argv, (choice, compiler) = ["setup.py", "--version"], sys.argv[1:]
+torch.cuda._is_compiled = torch.cuda.is_available = lambda: True
+torch.version.cuda = "13.0"
+print(runpy.run_path("setup.py")["decide"](choice, torch, [compiler]))
 from torch.utils import cpp_extension
-sys.argv, compiler, given = ["setup.py", "--version"], sys.argv[1], sys.argv[2:]
-setup = runpy.run_path("setup.py")
-if given:
-    cpp_extension.CUDA_HOME = given[0]
-torch = types.SimpleNamespace(__version__="2.13.0", version=types.SimpleNamespace(cuda="13.0"))
-decided = setup["decide"]("auto", torch, [compiler]) if given else setup["find_toolkit"]()
-print(decided, os.environ.get("CUDA_HOME"), sep="\\n")
+print(cpp_extension.CUDA_HOME)
 """
 
 
@@ -123,34 +121,71 @@ def script(path, text):
     return path
 
 
-def decided(path, *arguments, **environment):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "FUSED_INPAINT_BUILD")}
+def decided(path, compiler="true", choice="auto", **environment):
+    """(kind, reason) and the toolkit, as printed; a compiler that links everything, unless another is given."""
+    hidden = ("CUDA_HOME", "CUDA_PATH", "FUSED_INPAINT_BUILD", "LDFLAGS")
+    inherited = {k: v for k, v in os.environ.items() if k not in hidden}
     environment = {**inherited, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}", **environment}
-    command = [sys.executable, "-c", DECIDE, *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", DECIDE, choice, str(compiler)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-2:]
 
 
-def test_toolkit_is_the_one_whose_nvcc_a_script_calls(tmp_path):
-    toolkit = tmp_path / "toolkit"
-    nvcc = script(toolkit / "bin/nvcc", f"echo '#$ TOP={toolkit}/bin/..' >&2")
-    script(tmp_path / "path/nvcc", f'exec {nvcc} "$@"')
-    assert decided(tmp_path / "path", "c++")[1] == str(toolkit)
-    assert decided(tmp_path / "path", "c++", CUDA_HOME="/elsewhere")[1] == "/elsewhere"
-    nvcc.write_text("#!/bin/sh\nexit 3\n")
-    assert decided(tmp_path / "path", "c++")[1] == "None"
+CUDA = str(("cuda", ""))
+
+
+@pytest.mark.parametrize("way", ["script", "link"])
+def test_toolkit_is_that_of_the_nvcc_which_path_leads_to(way, tmp_path):
+    toolkit, path = tmp_path / "toolkit", tmp_path / "path/bin"
+    if way == "script":
+        nvcc = script(toolkit / "bin/nvcc", f"echo '#$ TOP={toolkit}/bin/..' >&2")
+        script(path / "nvcc", f'exec {nvcc} "$@"')
+    else:
+        nvcc = script(toolkit / "bin/nvcc", "")
+        path.mkdir(parents=True)
+        (path / "nvcc").symlink_to(nvcc)
+    assert decided(path) == [CUDA, str(toolkit)]
+    assert decided(path, CUDA_HOME="/elsewhere") == [CUDA, "/elsewhere"]
+    assert decided(path, CUDA_PATH="/elsewhere") == [CUDA, "/elsewhere"]
+
+
+@pytest.mark.parametrize("text", ["exit 3", "echo '#$ TOP=/nowhere' >&2", "printf '\\377' >&2"])
+def test_nvcc_that_does_not_say_where_it_is(text, tmp_path):
+    """Then torch's guess stays."""
+    script(tmp_path / "path/nvcc", text)
+    assert decided(tmp_path / "path") == [CUDA, str(tmp_path)]
+
+
+def test_nvcc_of_another_format(tmp_path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/nvcc").write_text("not a program")
+    (tmp_path / "path/nvcc").chmod(0o755)
+    assert decided(tmp_path / "path") == [CUDA, str(tmp_path)]
+
+
+def test_nvcc_is_not_asked_where_the_cpu_is_chosen(tmp_path):
+    script(tmp_path / "path/nvcc", "exec sleep 100")
+    assert decided(tmp_path / "path", choice="cpu")[0] == str(("cpu", "FUSED_INPAINT_BUILD=cpu was set"))
 
 
 def test_toolkit_without_its_runtime_is_none(tmp_path):
     """Which a linker would say after minutes."""
-    linker = script(tmp_path / "c++", 'for a; do if [ -e "${a#-L}/libcudart.so" ]; then exit 0; fi; done; exit 1')
-    toolkit = tmp_path / "toolkit"
-    (toolkit / "lib64").mkdir(parents=True)
-    reason = f"the linker finds no libcudart in the CUDA toolkit {toolkit} (is CUDA_HOME its folder?)"
-    assert decided(tmp_path, linker, toolkit, CUDA_HOME=str(toolkit))[0] == str(("cpu", reason))
+    text = (
+        'cudart=no; found=no; for a; do [ "$a" = -lcudart ] && cudart=yes; [ -e "${a#-L}/libcudart.so" ] && found=yes'
+    )
+    linker = script(tmp_path / "c++", text + "; done; [ $cudart$found != yesno ]")
+    toolkit, other = tmp_path / "toolkit", tmp_path / "other"
+    for folder in (toolkit / "lib64", other):
+        folder.mkdir(parents=True)
+    given = {"compiler": linker, "CUDA_HOME": str(toolkit)}
+    reason = f"the linker finds no libcudart, with the CUDA toolkit {toolkit} (is CUDA_HOME its folder?)"
+    assert decided(tmp_path, **given)[0] == str(("cpu", reason))
+    assert decided(tmp_path, **{**given, "compiler": "false"})[0] == CUDA, "the build shows what ails the linker"
+    (other / "libcudart.so").touch()
+    assert decided(tmp_path, **given, LDFLAGS=f"-L{other}")[0] == CUDA
     (toolkit / "lib64/libcudart.so").touch()
-    assert decided(tmp_path, linker, toolkit, CUDA_HOME=str(toolkit))[0] == str(("cuda", ""))
+    assert decided(tmp_path, **given)[0] == CUDA
 
 
 class Environment:

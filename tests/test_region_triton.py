@@ -386,8 +386,9 @@ def test_compiles(
     """Machine code that fits, spills nothing, and multiplies on tensor cores."""
     results = compiled[request.node.callspec.id].result()
     assert {result.kernel for result in results} == CONVOLUTIONS | (PASSES if precision != "tf32" else set())
-    most = 24 if capability == 80 and no_interpreter() else 0  # Triton 3.6 spills that much, for a reflected padding
+    old = capability == 80 and bool(no_interpreter())
     for result in results:
+        most = 24 if old and result.options.get("MODE") == "reflect" else 0  # of Triton 3.6
         assert result.cubin > 0 and result.shared <= SHARED_MEMORY[capability] and result.spilled <= most, result
         if result.kernel in ("output_kernel", "input_kernel"):
             wgmma = capability == 90

@@ -89,7 +89,7 @@ def _with_constants(
             list(packed.weights) if packed else None,
         )
         return y, window.mask
-    weight, bias, scale = _as_constants(weight, given.bias, norm)
+    weight, bias, scale = _as_constants(weight, given.bias, norm, kernel)
     if kernel == "direct":
         y, _, mask = ops.partial_conv2d_direct(sources, masks, weight, bias, scale, *geometry[:5], *epilogue[:2])
         return y, mask
@@ -126,7 +126,7 @@ def _triton(
 
 
 def _as_constants(
-    weight: Tensor, bias: Tensor | None, norm: BatchNorm | None
+    weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, kernel: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(weight, bias, scale) of the epilogue; a batch norm with fixed statistics is a scale and a bias."""
     wide = wide_of(weight.dtype)
@@ -141,7 +141,7 @@ def _as_constants(
         return weight, bias, scale
     scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
     bias = torch.addcmul(norm.bias.to(wide), norm.running_mean.to(wide), scale, value=-1)
-    if trains_gain(norm):
+    if trains_gain(norm) and kernel != "reference":
         # The kernels take the scale as a constant.
         return (weight.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype), bias, None
     return weight, bias, scale
