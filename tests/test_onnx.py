@@ -67,7 +67,7 @@ def test_equals_the_network_as_torchscript(name: str, grad: bool, one_thread: No
     with torch.no_grad():
         found = [value for value in loaded(image, mask) if value is not None]
     for actual, value in zip(found, expected, strict=True):
-        torch.testing.assert_close(actual, value, rtol=0, atol=1e-4)
+        torch.testing.assert_close(actual, value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -90,11 +90,20 @@ def test_unknown_build_choice_is_refused():
     assert "Traceback" not in result.stderr
 
 
+def program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def script(path, text):
+    return program(path, f"#!/bin/sh\n{text}\n")
+
+
 @pytest.mark.parametrize("text", ["not a program", "#!/bin/sh\nexit 3\n"])
 def test_compiler_that_does_not_run_is_none(text, tmp_path):
-    compiler = tmp_path / "compiler"
-    compiler.write_text(text)
-    compiler.chmod(0o755)
+    compiler = program(tmp_path / "compiler", text)
     environment = {**os.environ, "FUSED_INPAINT_BUILD": "cpu", "CXX": str(compiler)}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -114,19 +123,12 @@ print(cpp_extension.CUDA_HOME)
 """
 
 
-def script(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
-def decided(path, compiler="true", choice="auto", **environment):
+def decided(path, compiler="true", choice="auto", before="", **environment):
     """(kind, reason) and the toolkit, as printed; a compiler that links everything, unless another is given."""
     hidden = ("CUDA_HOME", "CUDA_PATH", "FUSED_INPAINT_BUILD", "LDFLAGS")
     inherited = {k: v for k, v in os.environ.items() if k not in hidden}
     environment = {**inherited, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}", **environment}
-    command = [sys.executable, "-c", DECIDE, choice, str(compiler)]
+    command = [sys.executable, "-c", before + DECIDE, choice, str(compiler)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-2:]
@@ -150,18 +152,20 @@ def test_toolkit_is_that_of_the_nvcc_which_path_leads_to(way, tmp_path):
     assert decided(path, CUDA_PATH="/elsewhere") == [CUDA, "/elsewhere"]
 
 
-@pytest.mark.parametrize("text", ["exit 3", "echo '#$ TOP=/nowhere' >&2", "printf '\\377' >&2"])
+@pytest.mark.parametrize("text", ["exit 3", "echo '#$ TOP=/nowhere' >&2", "printf '\\377' >&2", None])
 def test_nvcc_that_does_not_say_where_it_is(text, tmp_path):
     """Then torch's guess stays."""
-    script(tmp_path / "path/nvcc", text)
+    nvcc = tmp_path / "path/nvcc"
+    program(nvcc, "not a program") if text is None else script(nvcc, text)
     assert decided(tmp_path / "path") == [CUDA, str(tmp_path)]
 
 
-def test_nvcc_of_another_format(tmp_path):
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path/nvcc").write_text("not a program")
-    (tmp_path / "path/nvcc").chmod(0o755)
-    assert decided(tmp_path / "path") == [CUDA, str(tmp_path)]
+def test_nvcc_that_does_not_answer(tmp_path):
+    script(tmp_path / "path/nvcc", "exec sleep 100")
+    impatient = (
+        "import subprocess; run = subprocess.run; subprocess.run = lambda *a, **k: run(*a, **{**k, 'timeout': 1})"
+    )
+    assert decided(tmp_path / "path", before=impatient) == [CUDA, str(tmp_path)]
 
 
 def test_nvcc_is_not_asked_where_the_cpu_is_chosen(tmp_path):

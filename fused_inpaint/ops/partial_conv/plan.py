@@ -152,6 +152,8 @@ def _decide(given: Inputs, geometry: Geometry, selected: str, eager: bool) -> Pl
     if call.batch_statistics and call.rows == 1:
         raise error(op, "x", "more than one value per channel for batch statistics", "1 (.eval() takes none)")
     kernel = routes.choose(op, call, selected)
+    if kernel == "reference":  # to which the gain is a factor of its own
+        inner = dtype
     oneDNN = kernel == "vendor" and call.device != _backends.DEVICE["cuda"]
     rounded, inner = convolution_dtype(dtype, oneDNN), convolution_dtype(inner, oneDNN)
     autocast = autocast_dtype(weight.device.type) is not None
